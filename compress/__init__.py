@@ -1,0 +1,1 @@
+"""Models, and how to change them. Knows nothing of the other packages."""

@@ -1,0 +1,280 @@
+"""Save and load one artifact: a folder that holds a compressed model and says how it came to be.
+
+manifest.json        what it is: origin, layout, steps, parameters, the hash of every other file
+config.json          stock for a plain layout; ``model_type: "foldaway"`` for a ragged one
+*.safetensors        every distinct tensor once
+foldaway_model.py    only for a ragged layout: the code that builds it
+tokenizer files, generation_config.json, README.md
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from compress import budget, remote_code
+from compress.errors import ArtifactError, CorruptArtifact, ManifestVersionError
+from compress.files import new_folder, sha256_of
+from compress.layout import layout_of
+from compress.sources import Loaded, Origin, load_weights
+
+VERSION = 1
+MANIFEST = "manifest.json"
+CODE = "foldaway_model.py"
+SHARD_SIZE = "500MB"
+"""Small shards: serialising one takes a copy of it."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Strict):
+    """One file of the artifact."""
+
+    sha256: str
+    bytes: int
+
+
+class OriginEntry(_Strict):
+    """The model that the first step was applied to."""
+
+    name: str
+    kind: Literal["hub", "folder", "gguf", "demo"]
+    licence: str | None = None
+    quantised_from: str | None = None
+
+
+class Step(_Strict):
+    """One method that was applied: its options, the calibration rows it saw, and its report."""
+
+    method: str
+    config: dict[str, Any]
+    calibration: dict[str, Any] | None = None
+    numbers: dict[str, Any]
+
+
+class LayoutEntry(_Strict):
+    """The shape of the model, in the vocabulary of ``block_configs``."""
+
+    kind: Literal["plain", "ragged"]
+    blocks: list[dict[str, Any]]
+
+
+class Manifest(_Strict):
+    """What ``manifest.json`` says. Unknown keys are refused.
+
+    ``id`` is the first 16 hex digits of the SHA-256 over the sorted lines ``name sha256`` of all other files.
+    """
+
+    format: Literal["foldaway-artifact"] = "foldaway-artifact"
+    version: int = VERSION
+    id: str
+    origin: OriginEntry
+    parent: str | None = None
+    model_type: str
+    layout: LayoutEntry
+    steps: list[Step]
+    parameters: dict[str, int]
+    versions: dict[str, str]
+    files: dict[str, FileEntry]
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether a folder holds an artifact of ours."""
+    return (path / MANIFEST).is_file()
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    *,
+    origin: OriginEntry,
+    steps: Sequence[Step],
+    parent: str | None = None,
+) -> Manifest:
+    """Write an artifact. It appears whole or not at all.
+
+    Args:
+        model: plain or ragged.
+        tokenizer: saved along, chat template included.
+        path: a folder that does not exist yet, or is empty.
+        origin: the model that the first step was applied to.
+        steps: all methods applied since, in order.
+        parent: id of the artifact that the last step was applied to, if it was one.
+
+    Raises:
+        ConfigError: ``path`` is not empty.
+    """
+    with new_folder(path) as folder:
+        write_model(model, tokenizer, folder)
+        (folder / "README.md").write_text(_card(model, origin, steps), encoding="utf-8")
+        manifest = _describe(model, folder, origin, steps, parent)
+        text = manifest.model_dump_json(indent=2) + "\n"
+        (folder / MANIFEST).write_text(text, encoding="utf-8")
+    return manifest
+
+
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the files that transformers needs to load a plain or ragged model, without foldaway installed."""
+    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    tokenizer.save_pretrained(folder)
+    if layout_of(model).kind == "ragged":
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        module = CODE.removesuffix(".py")
+        config["architectures"] = ["FoldawayForCausalLM"]
+        config["auto_map"] = {
+            "AutoConfig": f"{module}.FoldawayConfig",
+            "AutoModelForCausalLM": f"{module}.FoldawayForCausalLM",
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / CODE).write_bytes(Path(remote_code.__file__).read_bytes())
+
+
+def _describe(
+    model: PreTrainedModel, folder: Path, origin: OriginEntry, steps: Sequence[Step], parent: str | None
+) -> Manifest:
+    layout, counts = layout_of(model), budget.count(model)
+    files = {
+        file.relative_to(folder).as_posix(): FileEntry(sha256=sha256_of(file), bytes=file.stat().st_size)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    return Manifest(
+        id=identity({name: entry.sha256 for name, entry in files.items()}),
+        origin=origin,
+        parent=parent,
+        model_type=remote_code.base_config(model.config).model_type,
+        layout=LayoutEntry(kind=layout.kind, blocks=layout.block_configs()),
+        steps=list(steps),
+        parameters={"total": counts.total, "blocks": counts.blocks},
+        versions=versions(),
+        files=files,
+    )
+
+
+def identity(hashes: dict[str, str]) -> str:
+    """The id of a set of files: name -> sha256."""
+    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(hashes.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the result."""
+    return {
+        "foldaway": importlib.metadata.version("foldaway"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a manifest; the files it names are not read.
+
+    Raises:
+        ArtifactError: there is none.
+        ManifestVersionError: a newer foldaway wrote it.
+        CorruptArtifact: it does not follow the schema.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        raise ArtifactError(f"{path} is not an artifact: it has no {MANIFEST}")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CorruptArtifact(f"{file} is not JSON: {error}") from error
+    found = raw.get("version") if isinstance(raw, dict) else None
+    if isinstance(found, int) and found > VERSION:
+        raise ManifestVersionError(f"{file} has version {found}, this foldaway reads up to {VERSION}; upgrade foldaway")
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CorruptArtifact(f"{file} does not follow the manifest's schema at {where}: {first['msg']}") from error
+
+
+def verify(path: Path) -> Manifest:
+    """Check every file of an artifact against its manifest.
+
+    Raises:
+        CorruptArtifact: a file is missing, of another size, or of another hash.
+    """
+    manifest = read_manifest(path)
+    for name, entry in manifest.files.items():
+        file = path / name
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise CorruptArtifact(f"{path}: the manifest names {name!r}, which lies outside the artifact")
+        if not file.is_file():
+            raise CorruptArtifact(f"{path}: {name} is missing")
+        if file.stat().st_size != entry.bytes:
+            raise CorruptArtifact(f"{file} has {file.stat().st_size} bytes, the manifest says {entry.bytes}")
+        if sha256_of(file) != entry.sha256:
+            raise CorruptArtifact(f"{file} was changed: its SHA-256 is not the manifest's")
+    if identity({name: entry.sha256 for name, entry in manifest.files.items()}) != manifest.id:
+        raise CorruptArtifact(f"{path}: the id in the manifest does not belong to its files")
+    return manifest
+
+
+def load(path: Path, *, dtype: torch.dtype | None = None) -> Loaded:
+    """Load an artifact after checking every file.
+
+    Args:
+        path: the folder.
+        dtype: of the weights; None keeps what is stored.
+
+    Raises:
+        CorruptArtifact: the files are not those of the manifest.
+    """
+    manifest = verify(path)
+    auto_class = AutoModelForCausalLM if manifest.layout.kind == "plain" else remote_code.FoldawayForCausalLM
+    model = load_weights(auto_class, str(path), dtype=dtype, local_files_only=True)
+    # Without a config, AutoTokenizer would look for one and find the artifact's own code.
+    stock = remote_code.base_config(model.config)
+    tokenizer = AutoTokenizer.from_pretrained(str(path), config=stock, trust_remote_code=False, local_files_only=True)
+    origin = Origin(
+        str(path), "artifact", manifest.origin.licence, manifest.origin.quantised_from, artifact_id=manifest.id
+    )
+    return Loaded(model, tokenizer, origin)
+
+
+def ancestry(loaded: Loaded) -> tuple[OriginEntry, list[Step], str | None]:
+    """What a new artifact made from ``loaded`` must say of its past: origin, earlier steps, id of the parent."""
+    if loaded.origin.kind == "artifact":
+        manifest = read_manifest(Path(loaded.origin.name))
+        return manifest.origin, list(manifest.steps), manifest.id
+    origin = loaded.origin
+    entry = OriginEntry.model_validate(
+        {"name": origin.name, "kind": origin.kind, "licence": origin.licence, "quantised_from": origin.quantised_from}
+    )
+    return entry, [], None
+
+
+def _card(model: PreTrainedModel, origin: OriginEntry, steps: Sequence[Step]) -> str:
+    """The model card: licence and base of the parent, what was done, how to load it."""
+    header = ["---", *([f"license: {origin.licence.lower()}"] if origin.licence else [])]
+    header += [f"base_model: {origin.name}"] if origin.kind == "hub" else []
+    header += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- foldaway", "- pruned", "---"]
+    ragged = layout_of(model).kind == "ragged"
+    lines = ["", f"# {Path(origin.name).name}, compressed", "", f"Made by foldaway from `{origin.name}`"]
+    lines[-1] += f" (licence of the weights: {origin.licence or 'not stated by the source'})."
+    if origin.quantised_from:
+        lines += ["", f"The source's weights were stored as {origin.quantised_from} and were expanded first."]
+    for step in steps:
+        before, after = step.numbers["parameters_before"], step.numbers["parameters_after"]
+        lines += ["", f"* {step.method} {json.dumps(step.config)}: {before:,} -> {after:,} parameters"]
+        lines[-1] += f" ({step.numbers['sparsity_of_blocks']:.1%} of the blocks, "
+        lines[-1] += f"{step.numbers['sparsity_of_model']:.1%} of the model removed)"
+    code = ", trust_remote_code=True" if ragged else ""
+    lines += ["", "```python", f"AutoModelForCausalLM.from_pretrained(PATH{code})", "```"]
+    return "\n".join([*header, *lines]) + "\n"

@@ -1,0 +1,195 @@
+"""Token rows (N, T): what methods calibrate on, and what perplexity is measured on."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compress import text
+from compress.errors import ConfigError
+from compress.result import Progress, no_progress
+
+ROWS_AT_ONCE = 8  # sampled together: the key-value cache of so many rows must fit in memory
+NO_LIMIT = 1_000_000_000  # tokenizers without a limit name a number beyond this
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Rows of token ids of one length.
+
+    Attributes:
+        tokens: int64 (N, T).
+        source: where they come from, for records.
+        sha256: of the bytes of `tokens` (int64, little endian, row after row).
+        seed: what they were shuffled or sampled with.
+    """
+
+    tokens: Tensor
+    source: str
+    sha256: str
+    seed: int
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest says of these rows."""
+        rows, length = self.tokens.shape
+        return {"source": self.source, "sha256": self.sha256, "rows": rows, "length": length, "seed": self.seed}
+
+
+def draw(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows: int = 24,
+    length: int = 2048,
+    seed: int = 0,
+    model: PreTrainedModel | None = None,
+    progress: Progress = no_progress,
+) -> TokenRows:
+    """Draw `rows` calibration rows of `length` tokens.
+
+    Args:
+        source: as for `text.read`, or ``self``: sampled from `model` itself, which needs no data.
+        tokenizer: of the model.
+        rows: how many, N.
+        length: tokens a row, T; at most the model's context.
+        seed: 0 takes the documents in their order, others shuffle them; for ``self`` it seeds the sampling.
+        model: needed for ``self``; otherwise only its context length is looked at.
+        progress: told of each sampled token.
+
+    Raises:
+        ConfigError: the text is missing, empty or too short, or `length` is beyond the model's context.
+
+    Source: 2SSP, calibration data (documents joined with two newlines, no special tokens, consecutive pieces).
+    """
+    _check(length, tokenizer, model)
+    if rows < 1:
+        raise ConfigError(f"cannot draw {rows} rows: ask for at least 1")
+    if source == "self":
+        if model is None:
+            raise ConfigError("self samples from the model itself, and no model was given: give one, or a text source")
+        return _rows(sample(model, tokenizer, rows=rows, length=length, seed=seed, progress=progress), "self", seed)
+    drawn = text.read(source, part="calibration", render=_chat(tokenizer))
+    documents = list(drawn.documents)
+    if seed != 0:
+        if len(documents) == 1:
+            raise ConfigError(f"{drawn.name} is a single document, which seed {seed} cannot shuffle: use seed 0")
+        random.Random(seed).shuffle(documents)
+    return _rows(_cut(documents, tokenizer, drawn.name, rows, length), drawn.name, seed)
+
+
+def windows(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int = 2048,
+    count: int | None = None,
+    model: PreTrainedModel | None = None,
+) -> TokenRows:
+    """Evaluation windows of `length` tokens: consecutive, not overlapping, the tail dropped.
+
+    Args:
+        source: as for `text.read`; of ``builtin`` its evaluation part.
+        tokenizer: of the model.
+        length: tokens a window, T; at most the model's context.
+        count: the first so many windows; None takes all.
+        model: only its context length is looked at.
+
+    Raises:
+        ConfigError: the text is missing, empty or too short, or `length` is beyond the model's context.
+    """
+    _check(length, tokenizer, model)
+    if count is not None and count < 1:
+        raise ConfigError(f"cannot cut {count} windows: ask for at least 1")
+    if source == "self":
+        raise ConfigError("self is for calibration: a model is not evaluated on its own text; give a text source")
+    drawn = text.read(source, part="evaluation", render=_chat(tokenizer))
+    return _rows(_cut(drawn.documents, tokenizer, drawn.name, count, length), drawn.name, seed=0)
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows: int,
+    length: int,
+    seed: int,
+    progress: Progress = no_progress,
+) -> Tensor:
+    """Sample token rows from the model at temperature 1; the same seed gives the same tokens.
+
+    A row starts with the tokenizer's bos, or with a random token where there is none, and goes on past any end token:
+    what a model writes after one is a new document.
+
+    Returns:
+        int64 (N, T), on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for first in range(0, rows, ROWS_AT_ONCE):
+        step = _first_tokens(tokenizer, min(ROWS_AT_ONCE, rows - first), generator)
+        steps, cache = [step], None
+        while len(steps) < length:
+            output = model(input_ids=step.to(model.device), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            chances = torch.softmax(output.logits[:, -1].float(), dim=-1).cpu()
+            step = torch.multinomial(chances, num_samples=1, generator=generator)
+            steps.append(step)
+            progress("sampling calibration rows", first * length + len(step) * len(steps), rows * length)
+        batches.append(torch.cat(steps, dim=1))
+    return torch.cat(batches)
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, rows: int, generator: torch.Generator) -> Tensor:
+    if tokenizer.bos_token_id is not None:
+        return torch.full((rows, 1), int(tokenizer.bos_token_id))
+    return torch.randint(len(tokenizer), (rows, 1), generator=generator)
+
+
+def _rows(tokens: Tensor, source: str, seed: int) -> TokenRows:
+    digest = hashlib.sha256(tokens.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+    return TokenRows(tokens, source, digest, seed)
+
+
+def _cut(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, name: str, rows: int | None, length: int
+) -> Tensor:
+    """The first `rows` consecutive pieces (None: all of them) of the joined documents, (N, T)."""
+    encoded = tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False)
+    tokens = torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    possible = len(tokens) // length
+    if possible < (rows or 1):
+        wanted = (rows or 1) * length
+        advice = (
+            f"ask for at most {possible} rows of {length}" if possible else f"ask for rows of at most {len(tokens)}"
+        )
+        raise ConfigError(
+            f"{name} has {len(tokens)} tokens, but {rows or 1} x {length} = {wanted} are needed: {advice}, "
+            "or give a longer text"
+        )
+    rows = possible if rows is None else rows
+    return tokens[: rows * length].view(rows, length)
+
+
+def _check(length: int, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None) -> None:
+    if length < 2:
+        raise ConfigError(f"rows of {length} tokens predict nothing: ask for at least 2")
+    context = (
+        tokenizer.model_max_length if model is None else getattr(model.config, "max_position_embeddings", NO_LIMIT)
+    )
+    if length > context:
+        raise ConfigError(f"rows of {length} tokens are longer than the model's context: ask for at most {context}")
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase) -> text.Render:
+    """The tokenizer's chat template as a `Render`, or plain lines where it has none."""
+    if not tokenizer.chat_template:
+        return text.plain_chat
+    return lambda messages: str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False))

@@ -1,0 +1,140 @@
+"""Perplexity with its standard error, and divergence, over anything that maps tokens to logits.
+
+Cross-entropy and KL are taken in fp32 whatever the model computes in, in chunks of tokens so that (T, V) is not held
+twice in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from compress.result import Progress, no_progress
+
+Logits = Callable[[Tensor], Tensor]
+"""From tokens (B, T), int64, to logits (B, T, V)."""
+
+CHUNK_TOKENS = 256
+
+
+def logits_of(model: PreTrainedModel) -> Logits:
+    """The full forward pass of a model, without cache."""
+
+    @torch.no_grad()
+    def logits(tokens: Tensor) -> Tensor:
+        output: Tensor = model(input_ids=tokens.to(model.device), use_cache=False).logits
+        return output
+
+    return logits
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts a text.
+
+    Attributes:
+        value: exp of the mean cross-entropy.
+        standard_error: of `value`, from the spread of the windows (delta method); NaN for a single window.
+        nll: mean cross-entropy per token, in nats.
+        tokens: how many were predicted.
+        window_nll: mean cross-entropy of each window; all windows have the same number of tokens.
+    """
+
+    value: float
+    standard_error: float
+    nll: float
+    tokens: int
+    window_nll: tuple[float, ...]
+
+
+def cross_entropy(logits: Tensor, tokens: Tensor) -> float:
+    """Sum of the next-token cross-entropy of one row, in nats.
+
+    Args:
+        logits: (T, V).
+        tokens: (T,); the first one is not predicted.
+    """
+    total = 0.0
+    targets = tokens[1:].to(logits.device)
+    for part in _chunks(len(targets)):
+        total += functional.cross_entropy(logits[:-1][part].float(), targets[part], reduction="sum").item()
+    return total
+
+
+def _chunks(length: int) -> Iterator[slice]:
+    return (slice(start, min(start + CHUNK_TOKENS, length)) for start in range(0, length, CHUNK_TOKENS))
+
+
+def perplexity(logits: Logits, rows: Tensor, progress: Progress = no_progress) -> Perplexity:
+    """Perplexity over windows that do not overlap.
+
+    Args:
+        logits: the model.
+        rows: tokens (N, T), one window a row; T - 1 tokens of each are predicted.
+        progress: told of each window.
+    """
+    predicted = rows.shape[1] - 1
+    window_nll = []
+    for done, row in enumerate(rows):
+        window_nll.append(cross_entropy(logits(row[None])[0], row) / predicted)
+        progress("perplexity", done + 1, len(rows))
+    nll = math.fsum(window_nll) / len(window_nll)
+    error = standard_error(window_nll)
+    return Perplexity(_exp(nll), _exp(nll) * error, nll, predicted * len(rows), tuple(window_nll))
+
+
+def standard_error(values: list[float]) -> float:
+    """Standard error of the mean; NaN for fewer than two values."""
+    if len(values) < 2:
+        return math.nan
+    return float(torch.tensor(values, dtype=torch.float64).std()) / math.sqrt(len(values))
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a candidate's predictions are from the baseline's on the same text.
+
+    Attributes:
+        kl: mean KL(baseline || candidate) per token, in nats.
+        kl_standard_error: of `kl`, from the spread of the windows.
+        top1_agreement: share of tokens where both prefer the same next token.
+        tokens: how many positions were compared.
+    """
+
+    kl: float
+    kl_standard_error: float
+    top1_agreement: float
+    tokens: int
+
+
+def divergence(baseline: Logits, candidate: Logits, rows: Tensor, progress: Progress = no_progress) -> Divergence:
+    """Compare two models on the same windows, rows (N, T)."""
+    window_kl, agreed = [], 0
+    for done, row in enumerate(rows):
+        kl, same = _compare(baseline(row[None])[0], candidate(row[None])[0])
+        window_kl.append(kl / rows.shape[1])
+        agreed += same
+        progress("divergence", done + 1, len(rows))
+    mean = math.fsum(window_kl) / len(window_kl)
+    return Divergence(mean, standard_error(window_kl), agreed / rows.numel(), rows.numel())
+
+
+def _compare(ours: Tensor, theirs: Tensor) -> tuple[float, int]:
+    """Sum of KL(ours || theirs) over the tokens of logits (T, V), and how many argmax agree."""
+    kl, same = 0.0, 0
+    for part in _chunks(len(ours)):
+        p = functional.log_softmax(ours[part].float(), dim=-1)
+        q = functional.log_softmax(theirs[part].float().to(p.device), dim=-1)
+        kl += functional.kl_div(q, p, log_target=True, reduction="sum").item()
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+    return kl, same

@@ -1,0 +1,91 @@
+"""Write-then-rename: whatever moment a process is killed at, a path holds the old thing or the new thing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from compress.errors import ConfigError
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder that appears at ``path`` whole, or not at all.
+
+    Yields:
+        A temporary sibling to write into. It is renamed to ``path`` when the block ends well, and removed when it does
+        not. What an earlier process left behind when it was killed is removed first.
+
+    Raises:
+        ConfigError: ``path`` exists and is not an empty folder.
+    """
+    check_free(path)
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{path.name}.partial-"
+    for stale in path.parent.glob(f"{prefix}*"):
+        if not _alive(stale.name.removeprefix(prefix).split("-")[0]):
+            shutil.rmtree(stale, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=path.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        os.rename(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free(path: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        ConfigError: ``path`` exists and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path} is not empty; name a folder that does not exist yet, or remove it")
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text file whole, or leave what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _alive(pid: str) -> bool:
+    """Whether the process that owns a partial folder still runs."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, PermissionError):
+        return True
+    return True

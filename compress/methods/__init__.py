@@ -1,0 +1,64 @@
+"""The methods, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compress.errors import ConfigError
+from compress.methods import baselines, two_ssp
+from compress.result import CompressedModel
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to make a model smaller.
+
+    Attributes:
+        config: the dataclass of what the method leaves to the user.
+        compress: ``compress(model, calibration, config, run) -> CompressedModel``.
+        paper: citation.
+    """
+
+    config: type[Any]
+    compress: Callable[..., CompressedModel]
+    paper: str
+
+
+METHODS: dict[str, Method] = {
+    "2ssp": Method(two_ssp.TwoSSPConfig, two_ssp.compress, "2SSP, Sandri et al. 2025"),
+    "shortgpt": Method(baselines.ShortGPTConfig, baselines.shortgpt, "ShortGPT, Men et al. 2024"),
+}
+
+
+def method_named(name: str) -> Method:
+    """Look a method up.
+
+    Raises:
+        ConfigError: the name is not known.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"method {name!r} is not known; known are {', '.join(sorted(METHODS))}")
+    return METHODS[name]
+
+
+def method_config(name: str, options: Mapping[str, Any]) -> Any:
+    """Build a method's configuration from named options.
+
+    Raises:
+        ConfigError: an option is not known, is missing, or has a value that cannot be meant.
+    """
+    method = method_named(name)
+    fields = {field.name: field for field in dataclasses.fields(method.config)}
+    unknown = sorted(set(options) - set(fields))
+    if unknown:
+        raise ConfigError(f"{name} has no option {unknown[0]!r}; it has {', '.join(fields)}")
+    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in options]
+    if missing:
+        raise ConfigError(f"{name} needs {missing[0]}; add it as {missing[0]}=VALUE")
+    try:
+        return method.config(**options)
+    except TypeError as error:
+        raise ConfigError(f"{name}: an option has a value of the wrong type ({error})") from error

@@ -1,0 +1,212 @@
+"""Models whose blocks differ: the one module that ragged artifacts carry, and that foldaway itself loads them with.
+
+A ragged model is a stock transformers model of which some blocks have lost their attention, or have an FFN of another
+width than their neighbours. This file turns the stock classes into such a model, from data in ``config.json``:
+
+* ``base_model_type``: the stock architecture, for example ``"llama"``;
+* ``block_configs``: one entry per block,
+  ``{"attention": {"no_op", "num_key_value_heads"}, "ffn": {"no_op", "intermediate_size"}, "shares_with"}``;
+* ``block_parts``: where a block of this architecture keeps its parts, as dotted paths.
+
+It needs torch and transformers only, so that ``AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)``
+works where foldaway is not installed.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+MODEL_TYPE = "foldaway"
+RAGGED_KEYS = ("base_model_type", "block_configs", "block_parts")
+
+
+class NoAttention(nn.Module):
+    """Stands where an attention was removed: adds nothing to the residual stream, and keeps no cache."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        """Return a zero that broadcasts against (B, T, D), in the place of the attention's output."""
+        return hidden_states.new_zeros((1,) * hidden_states.dim()), None
+
+
+class _RaggedConfig:
+    """What a ragged config adds to the stock config of its architecture."""
+
+    base_model_type: str
+    block_configs: list[dict[str, Any]]
+    block_parts: dict[str, Any]
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        """Describe the blocks that attend, which is what transformers builds its KV caches from.
+
+        Every cache of transformers is made from ``config.get_text_config(decoder=True)``, one layer per entry of
+        ``layer_types``; a block without attention must have none there, or sliding and full layers change places.
+        """
+        if not decoder:
+            return self
+        text = base_config(self)
+        attending = [i for i, block in enumerate(self.block_configs) if not block["attention"]["no_op"]]
+        if getattr(text, "layer_types", None) is not None:
+            text.layer_types = [text.layer_types[i] for i in attending]
+        text.num_hidden_layers = len(attending)
+        return text
+
+
+@functools.cache
+def ragged_config_class(stock: Any) -> Any:
+    """Make the ragged twin of a stock config class; its ``model_type`` is ``"foldaway"``."""
+    return type("FoldawayConfig", (_RaggedConfig, stock), {"model_type": MODEL_TYPE, "__module__": __name__})
+
+
+def base_config(config: Any) -> Any:
+    """Return the stock config behind a ragged one (a copy), or a stock config as it is."""
+    if not isinstance(config, _RaggedConfig):
+        return config
+    stock = copy.deepcopy(config)
+    stock.__class__ = _stock(type(config), _RaggedConfig)
+    for key in (*RAGGED_KEYS, "auto_map"):
+        stock.__dict__.pop(key, None)
+    return stock
+
+
+def _stock(cls: type, ragged: type) -> type:
+    """The stock class under a ragged one."""
+    return next(base for base in cls.__mro__ if not issubclass(base, ragged))
+
+
+class _RaggedModel:
+    """Builds the stock skeleton, then cuts it to ``config.block_configs``."""
+
+    config: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        fold_skeleton(self, config)
+
+
+@functools.cache
+def ragged_model_class(stock: Any) -> Any:
+    """Make the ragged twin of a stock causal LM class."""
+    config_class = ragged_config_class(stock.config_class)
+    members = {"config_class": config_class, "__module__": __name__, "_auto_class": None}
+    return type(f"Ragged{stock.__name__}", (_RaggedModel, stock), members)
+
+
+def make_ragged(model: Any, block_configs: list[dict[str, Any]], block_parts: dict[str, Any]) -> None:
+    """Turn a live stock model, whose blocks were already cut, into its ragged twin: class and config, no weights."""
+    if not isinstance(model, _RaggedModel):
+        base_type = model.config.model_type
+        stock_config: Any = type(model.config)
+        stock_model: Any = type(model)
+        model.config.__class__ = ragged_config_class(stock_config)
+        model.__class__ = ragged_model_class(stock_model)
+        model.config.base_model_type = base_type
+    model.config.block_configs = block_configs
+    model.config.block_parts = block_parts
+
+
+def make_plain(model: Any) -> None:
+    """Turn a ragged model, whose blocks have become alike, back into its stock class and config."""
+    if isinstance(model, _RaggedModel):
+        config = model.config
+        config.__class__ = _stock(type(config), _RaggedConfig)
+        model.__class__ = _stock(type(model), _RaggedModel)
+        for key in (*RAGGED_KEYS, "auto_map"):
+            config.__dict__.pop(key, None)
+
+
+def submodule(module: nn.Module, path: str) -> Any:
+    """Follow a dotted path."""
+    return functools.reduce(getattr, path.split("."), module)
+
+
+def set_submodule(module: nn.Module, path: str, new: nn.Module) -> None:
+    """Put ``new`` at a dotted path."""
+    *parents, name = path.split(".")
+    setattr(submodule(module, ".".join(parents)) if parents else module, name, new)
+
+
+def remove_attention(block: nn.Module, parts: dict[str, Any]) -> None:
+    """Take the attention out of a block, with the norms that only it needs."""
+    set_submodule(block, parts["attention"], NoAttention())
+    for norm in parts["attention_norms"]:
+        set_submodule(block, norm, nn.Identity())
+
+
+def number_caches(blocks: nn.ModuleList, parts: dict[str, Any]) -> None:
+    """Give each attention its rank among those that remain: its layer in the KV cache, of which layer 0 must exist."""
+    rank = 0
+    for block in blocks:
+        attention = submodule(block, parts["attention"])
+        if not isinstance(attention, NoAttention):
+            attention.layer_idx = rank
+            rank += 1
+
+
+def fold_skeleton(model: Any, config: Any) -> None:
+    """Cut a freshly built stock skeleton to the shapes of ``config.block_configs``; weights are not kept."""
+    parts = config.block_parts
+    blocks = submodule(model, parts["blocks"])
+    for block, shape in zip(blocks, config.block_configs, strict=True):
+        if shape["attention"]["no_op"]:
+            remove_attention(block, parts)
+        width = shape["ffn"]["intermediate_size"]
+        for path in parts["ffn_in"]:
+            _resize(block, path, outputs=width * parts["ffn_in_fused"])
+        _resize(block, parts["ffn_out"], inputs=width)
+    number_caches(blocks, parts)
+
+
+def _resize(block: nn.Module, path: str, *, inputs: int | None = None, outputs: int | None = None) -> None:
+    """Replace a linear by an empty one of another size, when it has another size."""
+    old = submodule(block, path)
+    transposed = isinstance(old, Conv1D)
+    old_inputs, old_outputs = old.weight.shape if transposed else old.weight.shape[::-1]
+    inputs, outputs = inputs or old_inputs, outputs or old_outputs
+    if (inputs, outputs) == (old_inputs, old_outputs):
+        return
+    with torch.device(old.weight.device):
+        new: Any = type(old)(outputs, inputs) if transposed else nn.Linear(inputs, outputs, bias=old.bias is not None)
+    set_submodule(block, path, new.to(old.weight.dtype))
+
+
+class FoldawayConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+    """The name under which ``AutoConfig`` finds a ragged config; the class it returns is the twin of a stock one."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build the ragged twin of ``base_model_type``."""
+        stock: Any = CONFIG_MAPPING[config_dict["base_model_type"]]
+        return ragged_config_class(stock).from_dict(config_dict, **kwargs)
+
+
+class FoldawayForCausalLM(PreTrainedModel):  # type: ignore[no-untyped-call]
+    """The name under which ``AutoModelForCausalLM`` finds a ragged model."""
+
+    config_class = FoldawayConfig
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Load the ragged twin of the stock model."""
+        if not isinstance(config, _RaggedConfig):
+            config = FoldawayConfig.from_pretrained(path)
+        return model_class(config).from_pretrained(path, *args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        return model_class(config)._from_config(config, **kwargs)
+
+
+def model_class(config: Any) -> Any:
+    """The ragged model class that belongs to a ragged config."""
+    stock = type(base_config(config))
+    return ragged_model_class(AutoModelForCausalLM._model_mapping[stock])

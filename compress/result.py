@@ -1,0 +1,58 @@
+"""What goes into a method beside the model, and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+Progress = Callable[[str, int, int], None]
+"""``progress(what, done, total)``: called by long work; ``done == total`` ends one stretch."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How to run a method: what the paper does not say.
+
+    Attributes:
+        progress: told of each step of long work.
+        scratch: a folder for what does not fit in memory, or to resume from; None keeps all in memory.
+        device: where the forward passes run.
+        consume: the model given may be cut in place, so that a big one is not held twice. Without it the model given is
+            not changed.
+    """
+
+    progress: Progress = no_progress
+    scratch: Path | None = None
+    device: str = "cpu"
+    consume: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a method did, in numbers that a recount confirms.
+
+    Attributes:
+        method: name in METHODS.
+        config: the method's configuration, JSON-ready.
+        numbers: counts, scores and choices, JSON-ready.
+    """
+
+    method: str
+    config: Mapping[str, Any]
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CompressedModel:
+    """A smaller model and the report of how it became so."""
+
+    model: PreTrainedModel
+    report: Report

@@ -1,0 +1,115 @@
+"""Permanent edits of a model: fewer neurons, attentions or blocks.
+
+Every edit ends in `settle`, the one place where what the model says of itself (config, class, numbers of its caches)
+is made to agree with what it has.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from compress.decoder import Block, Decoder
+from compress.errors import BudgetError
+from compress.layout import layout_of
+from compress.remote_code import make_plain, make_ragged, number_caches
+
+
+def clone(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model's structure and share its tensors: cutting the clone leaves the original as it is."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def keep_neurons(model: PreTrainedModel, kept: Mapping[int, torch.Tensor]) -> None:
+    """Keep some hidden neurons of each FFN, in their order.
+
+    Args:
+        model: changed in place.
+        kept: block index -> ascending neuron indices (K,), int64.
+
+    Raises:
+        BudgetError: a block would keep no neuron.
+    """
+    decoder = Decoder(model)
+    for block in decoder:
+        if block.index in kept:
+            _keep_neurons(block, kept[block.index])
+    settle(model)
+
+
+def _keep_neurons(block: Block, index: torch.Tensor) -> None:
+    if len(index) == 0:
+        raise BudgetError(f"block {block.index} would keep no FFN neuron; lower the sparsity")
+    if len(index) == block.ffn_out.inputs:
+        return
+    for projection in block.ffn_in:
+        projection.keep_outputs(index)
+    block.ffn_out.keep_inputs(index)
+
+
+def drop_attention(model: PreTrainedModel, blocks: Sequence[int]) -> None:
+    """Remove whole attentions, with the norms that only they need.
+
+    Args:
+        model: changed in place.
+        blocks: indices of the blocks that lose their attention.
+
+    Raises:
+        BudgetError: no attention would be left.
+    """
+    decoder = Decoder(model)
+    if not set(layout_of(model).attention_blocks) - set(blocks):
+        raise BudgetError("no attention would be left; a model needs at least one")
+    for block in decoder:
+        if block.index in blocks and block.attention is not None:
+            block.remove_attention()
+    settle(model)
+
+
+def drop_blocks(model: PreTrainedModel, blocks: Sequence[int]) -> None:
+    """Remove whole blocks; the others close up.
+
+    Args:
+        model: changed in place.
+        blocks: indices of the blocks to remove.
+
+    Raises:
+        BudgetError: no block with attention would be left.
+    """
+    decoder = Decoder(model)
+    kept = [i for i in range(len(decoder)) if i not in set(blocks)]
+    if not set(kept) & set(layout_of(model).attention_blocks):
+        raise BudgetError(f"removing {len(blocks)} of {len(decoder)} blocks leaves none that attends")
+    modules = [decoder.block_list[i] for i in kept]
+    del decoder.block_list[:]
+    decoder.block_list.extend(modules)
+    for key in decoder.arch.per_block_keys:
+        if getattr(model.config, key, None) is not None:
+            setattr(model.config, key, [getattr(model.config, key)[i] for i in kept])
+    settle(model)
+
+
+def settle(model: PreTrainedModel) -> None:
+    """Make config, class and cache numbers agree with the blocks that the model has now."""
+    decoder = Decoder(model)
+    layout = layout_of(model)
+    number_caches(decoder.block_list, decoder.arch.block_parts())
+    model.config.num_hidden_layers = len(decoder)
+    setattr(model.config, decoder.arch.ffn_width, max(block.intermediate_size for block in layout.blocks))
+    for block in decoder:
+        _tell_width(block)
+    if layout.kind == "plain":
+        make_plain(model)
+    else:
+        make_ragged(model, layout.block_configs(), decoder.arch.block_parts())
+
+
+def _tell_width(block: Block) -> None:
+    """Some FFN modules repeat their width in an attribute."""
+    for module in block.ffn_modules:
+        if hasattr(module, "intermediate_size"):
+            setattr(module, "intermediate_size", block.ffn_out.inputs)  # noqa: B010  (not a submodule, as types have it)

@@ -1,0 +1,109 @@
+"""Tiny random models, one per architecture: seeded, cached, of sizes that are all different and awkward."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from compress.calibration import TokenRows
+
+# L blocks, D hidden, F neurons, H query heads, K KV heads, head_dim, V vocabulary.
+L, D, F, H, K, HEAD_DIM, V = 5, 64, 80, 4, 2, 16, 259
+CONTEXT = 64
+
+_COMMON = {
+    "num_hidden_layers": L,
+    "hidden_size": D,
+    "intermediate_size": F,
+    "num_attention_heads": H,
+    "num_key_value_heads": K,
+    "head_dim": HEAD_DIM,
+    "vocab_size": V,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+    "initializer_range": 0.2,
+}
+
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"tie_word_embeddings": True},
+    # Sliding and full attention mixed: a removal that renumbers the wrong list changes their places.
+    "gemma3_text": {
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 6,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": HEAD_DIM,
+    },
+    "phi3": {"original_max_position_embeddings": CONTEXT},
+    "opt": {"ffn_dim": F, "word_embed_proj_dim": D, "dropout": 0.0, "init_std": 0.2},
+    "gpt2": {"n_inner": F},
+}
+ARCHITECTURES = sorted(TINY)
+
+
+@functools.cache
+def _tiny(model_type: str) -> PreTrainedModel:
+    config = AutoConfig.for_model(model_type, **{**_COMMON, **TINY[model_type]})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Norms and biases that differ from their neutral start, so that losing one shows.
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            assert torch.isfinite(parameter).all(), name
+    return model
+
+
+def tiny(model_type: str) -> PreTrainedModel:
+    """A random model of one architecture; a fresh copy each time."""
+    return copy.deepcopy(_tiny(model_type))
+
+
+def token_rows(rows: int = 3, length: int = 24, seed: int = 0) -> TokenRows:
+    """Random calibration rows."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 256, (rows, length), generator=generator)
+    return TokenRows(tokens, "random", "0" * 64, seed)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@functools.cache
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index for index, character in enumerate(alphabet)}
+    vocabulary |= {"<bos>": 256, "<eos>": 257, "<pad>": 258}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=CONTEXT
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and <bos>, <eos>, <pad>; with a chat template."""
+    return copy.deepcopy(_byte_tokenizer())
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Each supported ``model_type`` in turn."""
+    return str(request.param)
