@@ -1,0 +1,249 @@
+"""What an export is: options in; out comes a folder, checked against its source, and the record of it."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compress import budget
+from compress.errors import ArtifactError, ConfigError, CorruptArtifact, ManifestVersionError
+from compress.files import sha256_of
+from compress.layout import layout_of
+from compress.result import Progress
+from compress.sources import Loaded
+from exporters.parity import Parity
+
+EXPORT_FILE = "export.json"
+VERSION = 1
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+WEIGHT_SUFFIXES = (".onnx", ".onnx.data", ".safetensors")
+PACKAGES = ("foldaway", "torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to store the weights.
+
+    Attributes:
+        dtype: ``"fp32"`` or ``"int4"`` for onnx; ``"fp32"``, ``"fp16"`` or ``"bf16"`` for hf. None is the format's own
+            choice: fp32 for onnx, as the source has them for hf.
+        block_size: int4 only: weights along the input dimension that share one scale.
+        accuracy_level: int4 only: the least that onnxruntime computes activations in: 1 fp32, 2 fp16, 3 bf16, 4 int8;
+            0 leaves it open.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    dtype: str | None = None
+    block_size: int = 32
+    accuracy_level: int = 4
+
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            raise ConfigError(f"block_size={self.block_size}: possible are {', '.join(map(str, BLOCK_SIZES))}")
+        if self.accuracy_level not in range(5):
+            raise ConfigError(f"accuracy_level={self.accuracy_level}: possible are 0 (open), 1, 2, 3, 4")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export that was written and checked.
+
+    Attributes:
+        path: the folder.
+        format: name in EXPORTERS.
+        dtype: how the weights are stored.
+        parity: how closely it was found to compute what its source computes.
+        bytes: graph and weights; tokenizer and texts are not counted.
+        parameters: distinct parameters of the source model.
+        files: name -> bytes of every file but export.json.
+    """
+
+    path: Path
+    format: str
+    dtype: str
+    parity: Parity
+    bytes: int
+    parameters: int
+    files: Mapping[str, int]
+
+
+Exporter = Callable[[Loaded, Path, ExportOptions, Tensor, Progress], Exported]
+"""``exporter(loaded, path, options, check_tokens (B, T), progress)``: write ``path``, check it, describe it."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceEntry(_Strict):
+    """The model that was exported."""
+
+    name: str
+    kind: str
+    licence: str | None
+    quantised_from: str | None
+
+
+class OptionsEntry(_Strict):
+    """`ExportOptions`, with the dtype that was chosen."""
+
+    dtype: str
+    block_size: int
+    accuracy_level: int
+
+
+class ParityEntry(_Strict):
+    """`Parity`, on disk."""
+
+    max_abs_difference: float
+    argmax_agreement: float
+    tokens: int
+    decode_max_abs_difference: float
+    decode_argmax_agreement: float
+    decode_tokens: int
+    decode_against: Literal["source", "export"]
+    tolerance: float
+    min_argmax_agreement: float
+
+
+class FileEntry(_Strict):
+    """One file of an export."""
+
+    sha256: str
+    bytes: int
+
+
+class ExportRecord(_Strict):
+    """export.json: what an export folder holds, and how it was checked. Unknown keys are refused.
+
+    ``blocks`` describes every block of the source, those without attention too, which no runtime's config can say.
+    """
+
+    format: Literal["foldaway-export"] = "foldaway-export"
+    version: int = VERSION
+    to: str
+    artifact_id: str | None
+    source: SourceEntry
+    model_type: str
+    options: OptionsEntry
+    blocks: list[dict[str, Any]]
+    parity: ParityEntry
+    parameters: int
+    bytes: int
+    files: dict[str, FileEntry]
+    versions: dict[str, str]
+
+
+def is_export(path: Path | str) -> bool:
+    """Whether a folder holds an export of ours."""
+    return (Path(path) / EXPORT_FILE).is_file()
+
+
+def read_export(path: Path | str) -> ExportRecord:
+    """Read the record of an export folder; the files that it names are not read.
+
+    Raises:
+        ArtifactError: there is none.
+        ManifestVersionError: a newer foldaway wrote it.
+        CorruptArtifact: it does not follow the schema.
+    """
+    file = Path(path) / EXPORT_FILE
+    if not file.is_file():
+        raise ArtifactError(f"{path} is not an export: it has no {EXPORT_FILE}; make one with `foldaway export`")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CorruptArtifact(f"{file} is not JSON: {error}") from error
+    found = raw.get("version") if isinstance(raw, dict) else None
+    if isinstance(found, int) and found > VERSION:
+        raise ManifestVersionError(f"{file} has version {found}, this foldaway reads up to {VERSION}; upgrade foldaway")
+    try:
+        return ExportRecord.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CorruptArtifact(f"{file} does not follow the schema of exports at {where}: {first['msg']}") from error
+
+
+def choose_dtype(to: str, options: ExportOptions, possible: tuple[str, ...], default: str) -> str:
+    """The dtype to write.
+
+    Raises:
+        ConfigError: the format does not store the one asked for.
+    """
+    if options.dtype is not None and options.dtype not in possible:
+        raise ConfigError(f"dtype={options.dtype}: the {to} export stores {' or '.join(possible)}")
+    return options.dtype or default
+
+
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model itself when its parameters have this dtype, else a copy where they have. Buffers stay as they are."""
+    if all(parameter.dtype == dtype for parameter in model.parameters()):
+        return model
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.data = parameter.data.to(dtype)  # in place of a new Parameter, which would untie embeddings
+    return other
+
+
+def seal(folder: Path, loaded: Loaded, to: str, dtype: str, options: ExportOptions, parity: Parity) -> ExportRecord:
+    """Write export.json about the files that lie in `folder`."""
+    files = {
+        file.relative_to(folder).as_posix(): FileEntry(sha256=sha256_of(file), bytes=file.stat().st_size)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    origin = loaded.origin
+    record = ExportRecord(
+        to=to,
+        artifact_id=origin.artifact_id,
+        source=SourceEntry(
+            name=origin.name, kind=origin.kind, licence=origin.licence, quantised_from=origin.quantised_from
+        ),
+        model_type=getattr(loaded.model.config, "base_model_type", loaded.model.config.model_type),
+        options=OptionsEntry(dtype=dtype, block_size=options.block_size, accuracy_level=options.accuracy_level),
+        blocks=layout_of(loaded.model).block_configs(),
+        parity=ParityEntry(**asdict(parity)),
+        parameters=budget.count(loaded.model).total,
+        bytes=sum(entry.bytes for name, entry in files.items() if name.endswith(WEIGHT_SUFFIXES)),
+        files=files,
+        versions=_versions(),
+    )
+    (folder / EXPORT_FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return record
+
+
+def exported(path: Path, record: ExportRecord) -> Exported:
+    """The record of an export, as its caller wants it."""
+    return Exported(
+        path=path,
+        format=record.to,
+        dtype=record.options.dtype,
+        parity=Parity(**record.parity.model_dump()),
+        bytes=record.bytes,
+        parameters=record.parameters,
+        files={name: entry.bytes for name, entry in record.files.items()},
+    )
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the packages that shape an export, of those that are installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

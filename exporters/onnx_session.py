@@ -1,0 +1,188 @@
+"""Run an exported ONNX decoder: whole forwards, prefill, and batched decoding with a cache.
+
+Parity, evaluation and the server all use this one class, so that what is checked is what is served.
+
+The graph's names are the ones that optimum, transformers.js and onnxruntime-genai share: ``input_ids``,
+``attention_mask``, ``past_key_values.N.{key,value}`` in; ``logits``, ``present.N.{key,value}`` out. On the CPU
+GroupQueryAttention takes the length of each row from its attention mask (ones for its own length, right-padded), so
+rows of different lengths decode together; and when the past and the present are the same memory it appends in place, so
+that a step copies nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from compress.errors import BackendError, ConfigError, require
+from exporters.base import is_export, read_export
+
+KV = tuple[tuple[NDArray[np.float32], NDArray[np.float32]], ...]
+"""One (key, value) per attention, each float32 (B, K, capacity, head_dim) and C-contiguous. A row's first `length`
+positions count; the rest is free room. A tuple, because the session remembers which buffers it has bound."""
+
+MODEL_FILE = "model.onnx"
+PREFILL_CHUNK = 256
+"""Tokens per run while prefilling: the graph returns logits of every position, T x V x 4 bytes, which chunks bound."""
+
+
+class OnnxSession:
+    """One exported graph, loaded. Use it from one thread at a time.
+
+    Attributes:
+        path: the export folder.
+        num_layers: (key, value) pairs, that is attentions.
+        num_key_value_heads: KV heads of each attention.
+        head_dim: numbers per head.
+        vocab_size: width of the logits.
+        context_length: the most tokens that positions exist for.
+        config: config.json of the export.
+        artifact_id: the artifact the export was made from, None for a model that is no artifact.
+    """
+
+    def __init__(self, path: Path | str, *, threads: int | None = None, graph: str = MODEL_FILE) -> None:
+        """Load the graph in `path`.
+
+        Args:
+            path: an export folder made by ``to_onnx``.
+            threads: threads of one run; None lets onnxruntime take one per physical core.
+            graph: the file to load, if the folder holds several.
+
+        Raises:
+            BackendError: no graph there, or onnxruntime cannot load it.
+            ConfigError: fewer than one thread.
+        """
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads={threads}: give 1 or more, or nothing for one per core")
+        ort = require("onnxruntime", "onnx")
+        self.path = Path(path)
+        model_file = self.path / graph
+        if not model_file.is_file():
+            raise BackendError(f"{self.path} holds no {graph}: make one with `foldaway export MODEL --to onnx -o DIR`")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = ort.InferenceSession(str(model_file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own exception classes share no public base
+            raise BackendError(f"onnxruntime cannot load {model_file}: {_first_line(error)}") from error
+        self.config: dict[str, Any] = json.loads((self.path / "config.json").read_text("utf-8"))
+        self.artifact_id = read_export(self.path).artifact_id if is_export(self.path) else None
+        shapes = {value.name: value.shape for value in self._session.get_inputs()}
+        self.num_layers = sum(name.startswith("past_key_values.") for name in shapes) // 2
+        _, self.num_key_value_heads, _, self.head_dim = shapes["past_key_values.0.key"]
+        self.vocab_size: int = next(o.shape[-1] for o in self._session.get_outputs() if o.name == "logits")
+        self.context_length = int(self.config["max_position_embeddings"])
+        self._past = [(f"past_key_values.{i}.key", f"past_key_values.{i}.value") for i in range(self.num_layers)]
+        self._present = [(f"present.{i}.key", f"present.{i}.value") for i in range(self.num_layers)]
+        self._binding: Any = None
+        self._bound: KV | None = None
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits of every position in one forward without a past: int64 (B, T) -> float32 (B, T, V)."""
+        ids = np.ascontiguousarray(tokens.numpy(), dtype=np.int64)
+        empty = np.zeros((ids.shape[0], self.num_key_value_heads, 0, self.head_dim), np.float32)
+        feeds = {name: empty for pair in self._past for name in pair}
+        feeds |= {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        return torch.from_numpy(self._session.run(["logits"], feeds)[0])
+
+    def decode(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Logits (V,) after each of the tokens (T,), computed one token at a time with a cache: for parity."""
+        kv = self.empty_cache(1, len(tokens))
+        for position, token in enumerate(tokens.numpy()):
+            logits, kv = self.step(np.array([[token]], np.int64), kv, np.array([position]))
+            yield torch.from_numpy(logits[0])
+
+    def empty_cache(self, batch: int, capacity: int) -> KV:
+        """A cache with room for `capacity` tokens in each of `batch` rows, all zeros."""
+        shape = (batch, self.num_key_value_heads, capacity, self.head_dim)
+        return tuple((np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in range(self.num_layers))
+
+    def prefill(self, tokens: NDArray[np.int64], *, capacity: int | None = None) -> tuple[NDArray[np.float32], KV]:
+        """Read one prompt.
+
+        Args:
+            tokens: int64 (1, T), T >= 1.
+            capacity: room of the cache in tokens, at least T (None = T, no room to decode into).
+
+        Returns:
+            The logits after the last token, float32 (V,), and the cache, filled up to T.
+
+        Raises:
+            ConfigError: an empty prompt, more than one row, too little room, or more tokens than positions.
+        """
+        rows, length = tokens.shape
+        room = length if capacity is None else capacity
+        if rows != 1 or length < 1:
+            raise ConfigError(f"prefill takes one prompt (1, T) with T >= 1, not {tokens.shape}")
+        if not length <= room <= self.context_length:
+            raise ConfigError(
+                f"{length} tokens in a cache of {room}: the model has positions for {self.context_length}"
+            )
+        kv = self.empty_cache(1, room)
+        for start in range(0, length, PREFILL_CHUNK):
+            chunk = tokens[:, start : start + PREFILL_CHUNK]
+            logits = self._run(chunk, np.ones((1, start + chunk.shape[1]), np.int64), kv)
+        return logits[0, -1], kv
+
+    def step(self, tokens: NDArray[np.int64], kv: KV, lengths: NDArray[np.int64]) -> tuple[NDArray[np.float32], KV]:
+        """Decode one token in each row; rows may have different lengths.
+
+        Args:
+            tokens: int64 (B, 1), the next token of each row.
+            kv: the cache, (B, K, capacity, head_dim) each; changed in place: row b gets position ``lengths[b]``.
+            lengths: int (B,), tokens already in each row of the cache.
+
+        Returns:
+            The logits after the new tokens, float32 (B, V), and `kv` itself.
+
+        Raises:
+            ConfigError: a row that is full.
+        """
+        total = int(lengths.max()) + 1
+        capacity = kv[0][0].shape[2]
+        if total > capacity:
+            raise ConfigError(f"a row of {total - 1} tokens fills its cache of {capacity}: give the cache more room")
+        mask = (np.arange(total) <= np.asarray(lengths)[:, None]).astype(np.int64)
+        return self._run(tokens, mask, kv)[:, 0], kv
+
+    def _run(self, tokens: NDArray[np.int64], mask: NDArray[np.int64], kv: KV) -> NDArray[np.float32]:
+        """One run that appends to `kv` in place; float32 (B, T, V)."""
+        if kv is not self._bound:
+            self._bind(kv)
+        tokens = np.ascontiguousarray(tokens, dtype=np.int64)
+        logits = np.empty((*tokens.shape, self.vocab_size), np.float32)
+        self._binding.bind_cpu_input("input_ids", tokens)
+        self._binding.bind_cpu_input("attention_mask", mask)
+        self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self._session.run_with_iobinding(self._binding)
+        return logits
+
+    def _bind(self, kv: KV) -> None:
+        """Bind each cache buffer as past and as present, which makes GroupQueryAttention append in place."""
+        self._binding = self._session.io_binding()
+        for past, present, pair in zip(self._past, self._present, kv, strict=True):
+            for past_name, present_name, buffer in zip(past, present, pair, strict=True):
+                if buffer.dtype != np.float32 or not buffer.flags.c_contiguous:
+                    raise ConfigError("cache buffers must be float32 and C-contiguous: make them with empty_cache")
+                self._binding.bind_cpu_input(past_name, buffer)
+                self._binding.bind_output(present_name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
+        self._bound = kv
+
+
+def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer in an export folder, read from its files alone."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,145 @@
+"""Run source and export on the same tokens, whole and token by token, and say how far apart they are.
+
+Two checks, because they fail separately: a whole forward shows wrong weights and shapes; decoding with a cache shows
+wrong cache numbers, positions and windows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from compress.errors import ParityError
+from compress.evaluate import Logits
+from compress.result import Progress, no_progress
+
+Decode = Callable[[Tensor], Iterator[Tensor]]
+"""From tokens (T,) to T logits (V,), each computed with a cache from one token at a time."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model in two ways: whole forwards, and decoding with a cache."""
+
+    whole: Logits
+    decode: Decode
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How closely an export follows its source.
+
+    Attributes:
+        max_abs_difference: worst difference of any logit, whole forward, export against source.
+        argmax_agreement: share of positions where both prefer the same next token.
+        tokens: positions compared.
+        decode_max_abs_difference: the same for decoding token by token with a cache.
+        decode_argmax_agreement: the same.
+        decode_tokens: positions compared.
+        decode_against: what decoding was compared with: ``"source"``, or ``"export"`` where the weights are quantised:
+            its own whole forward, both in full precision.
+        tolerance: the largest difference allowed: in decoding, and in the whole forward unless weights are quantised.
+        min_argmax_agreement: the smallest agreement allowed in the whole forward.
+    """
+
+    max_abs_difference: float
+    argmax_agreement: float
+    tokens: int
+    decode_max_abs_difference: float
+    decode_argmax_agreement: float
+    decode_tokens: int
+    decode_against: str
+    tolerance: float
+    min_argmax_agreement: float
+
+
+def check(
+    source: Logits,
+    export: Side,
+    tokens: Tensor,
+    *,
+    tolerance: float,
+    min_argmax_agreement: float,
+    full_precision: Side | None = None,
+    progress: Progress = no_progress,
+) -> Parity:
+    """Compare an export with its source.
+
+    A quantised export cannot be near its source, and where activations are rounded too not even near itself: decoding
+    then differs from a whole forward by more than a wrong position would. So its decoding is compared where that shows,
+    in `full_precision`, and its whole forward by the share of equal choices alone.
+
+    Args:
+        source: whole forward of the source.
+        export: the export as it will run.
+        tokens: int64 (B, T), on which to compare.
+        tolerance: the largest logit difference.
+        min_argmax_agreement: the smallest share of positions where the whole forwards prefer the same token. Even an
+            exact export needs less than 1: two tokens within rounding of each other may change places.
+        full_precision: of a quantised export: its weights, computed without rounding activations.
+        progress: told of each token decoded.
+
+    Raises:
+        ParityError: a limit is not kept.
+    """
+    full, stepped = _Distance(), _Distance()
+    for index, row in enumerate(tokens):
+        reference = source(row[None])[0].float()
+        full.add(reference, export.whole(row[None])[0].float())
+        target = full_precision.whole(row[None])[0].float() if full_precision else reference
+        decode = (full_precision or export).decode
+        for position, logits in enumerate(decode(row)):
+            stepped.add(target[position], logits.float())
+            progress("check export", index * tokens.shape[1] + position + 1, tokens.numel())
+    parity = Parity(
+        max_abs_difference=full.worst,
+        argmax_agreement=full.agreement,
+        tokens=full.tokens,
+        decode_max_abs_difference=stepped.worst,
+        decode_argmax_agreement=stepped.agreement,
+        decode_tokens=stepped.tokens,
+        decode_against="export" if full_precision else "source",
+        tolerance=tolerance,
+        min_argmax_agreement=min_argmax_agreement,
+    )
+    _judge(parity, quantised=full_precision is not None)
+    return parity
+
+
+@dataclass
+class _Distance:
+    """Worst difference and argmax agreement so far."""
+
+    worst: float = 0.0
+    agreed: int = 0
+    tokens: int = 0
+
+    def add(self, ours: Tensor, theirs: Tensor) -> None:
+        """Take in logits (..., V) of the same positions."""
+        difference = float((ours - theirs).abs().max())
+        self.worst = max(self.worst, math.inf if math.isnan(difference) else difference)
+        same = ours.argmax(-1) == theirs.argmax(-1)
+        self.agreed += int(same.sum())
+        self.tokens += same.numel()
+
+    @property
+    def agreement(self) -> float:
+        return self.agreed / self.tokens
+
+
+def _judge(parity: Parity, *, quantised: bool) -> None:
+    wrong = "the export does not compute what its source does, and was discarded"
+    differences = {"decoding with a cache": parity.decode_max_abs_difference}
+    if not quantised:
+        differences["a whole forward"] = parity.max_abs_difference
+    for what, difference in differences.items():
+        if difference > parity.tolerance:
+            raise ParityError(f"{wrong}: in {what} a logit is off by {difference:.3g}, allowed is {parity.tolerance:g}")
+    if parity.argmax_agreement < parity.min_argmax_agreement:
+        raise ParityError(
+            f"{wrong}: both prefer the same token at {parity.argmax_agreement:.1%} of {parity.tokens} positions, "
+            f"wanted is {parity.min_argmax_agreement:.0%}"
+        )

@@ -1,0 +1,126 @@
+"""Export to a Hugging Face folder: stock for a plain model, with our remote-code module for a ragged one.
+
+The folder needs transformers and nothing of ours: ``AutoModelForCausalLM.from_pretrained(path)``, with
+``trust_remote_code=True`` when ragged. It is reloaded in just that way to be checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, dynamic_module_utils
+
+from compress.artifact import write_model
+from compress.evaluate import logits_of
+from compress.files import new_folder
+from compress.layout import layout_of
+from compress.result import Progress, no_progress
+from compress.sources import Loaded
+from exporters.base import Exported, ExportOptions, choose_dtype, exported, in_dtype, seal
+from exporters.parity import Decode, Parity, Side, check
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TOLERANCE = 1e-3
+MIN_AGREEMENT = 0.99
+
+
+def export(
+    loaded: Loaded, path: Path, options: ExportOptions, check_tokens: Tensor, progress: Progress = no_progress
+) -> Exported:
+    """Write a Hugging Face folder and check it.
+
+    Args:
+        loaded: a plain or ragged model; not changed.
+        path: the folder to write; it appears whole, or not at all.
+        options: dtype ``"fp32"``, ``"fp16"``, ``"bf16"``, or None to keep what the source has.
+        check_tokens: int64 (B, T), tokens to compare source and export on.
+        progress: told of tokens checked.
+
+    Raises:
+        ConfigError: `path` is not empty, or the dtype is not one of this format.
+        ParityError: what was written does not compute what its source does.
+    """
+    stored = next((name for name, dtype in DTYPES.items() if dtype == loaded.model.dtype), "fp32")
+    dtype = choose_dtype("hf", options, tuple(DTYPES), default=stored)
+    model = in_dtype(loaded.model, DTYPES[dtype])
+    with new_folder(path) as folder:
+        write_model(model, loaded.tokenizer, folder)
+        parity = _check_parity(model, folder, check_tokens, progress)
+        (folder / "README.md").write_text(_card(loaded, dtype, parity), encoding="utf-8")
+        record = seal(folder, loaded, "hf", dtype, options, parity)
+    return exported(path, record)
+
+
+def _check_parity(model: PreTrainedModel, folder: Path, tokens: Tensor, progress: Progress) -> Parity:
+    """Reload the folder without our loader and compare, both in fp32 so that rounding hides nothing."""
+    with _private_modules():
+        reloaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=True, local_files_only=True
+        )
+    return check(
+        logits_of(in_dtype(model, torch.float32)),
+        Side(logits_of(reloaded), _decode(reloaded)),
+        tokens,
+        tolerance=TOLERANCE,
+        min_argmax_agreement=MIN_AGREEMENT,
+        progress=progress,
+    )
+
+
+@contextlib.contextmanager
+def _private_modules() -> Iterator[None]:
+    """Let transformers copy remote code into a folder that goes away, not into the user's cache."""
+    code: Any = dynamic_module_utils
+    usual = code.HF_MODULES_CACHE
+    with tempfile.TemporaryDirectory() as scratch:
+        code.HF_MODULES_CACHE = scratch
+        try:
+            yield
+        finally:
+            code.HF_MODULES_CACHE = usual
+            sys.path[:] = [entry for entry in sys.path if entry != scratch]
+
+
+def _decode(model: PreTrainedModel) -> Decode:
+    """Decoding with the cache that transformers makes for the model."""
+
+    @torch.no_grad()
+    def decode(tokens: Tensor) -> Iterator[Tensor]:
+        past = None
+        for token in tokens:
+            output = model(input_ids=token.view(1, 1), past_key_values=past, use_cache=True)
+            past = output.past_key_values
+            yield output.logits[0, -1]
+
+    return decode
+
+
+def _card(loaded: Loaded, dtype: str, parity: Parity) -> str:
+    """README.md of the export folder."""
+    origin = loaded.origin
+    ragged = layout_of(loaded.model).kind == "ragged"
+    name = Path(origin.name).name
+    header = ["---", *([f"license: {origin.licence.lower()}"] if origin.licence else [])]
+    header += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- foldaway", "---"]
+    made_from = f"`{name}`" + (f" (artifact {origin.artifact_id})" if origin.artifact_id else "")
+    lines = [
+        "",
+        f"# {name}, {dtype}",
+        "",
+        f"Made by foldaway from {made_from}; licence of the weights: {origin.licence or 'not stated by the source'}.",
+        "",
+        f"Reloaded and compared with its source on {parity.tokens} tokens: worst logit difference "
+        f"{parity.max_abs_difference:.3g}, {parity.decode_max_abs_difference:.3g} when decoding with a cache.",
+        "",
+        "```python",
+        f"AutoModelForCausalLM.from_pretrained(PATH{', trust_remote_code=True' if ragged else ''})",
+        "```",
+    ]
+    return "\n".join([*header, *lines]) + "\n"
