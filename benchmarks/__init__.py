@@ -1,0 +1,1 @@
+"""Measured claims: quality, latency and memory of a candidate against its baseline, judged, recorded and reported."""

@@ -1,0 +1,117 @@
+"""How sure a number is: intervals for ratios of paired measurements.
+
+Two kinds of numbers come here. Timings are few and skewed, so the ratio of their medians gets a bootstrap over *pairs*
+of runs (a slow moment of the machine hits both sides of a pair). Perplexities are exponentials of means over windows,
+so their ratio gets Student's t on the *paired* differences of the windows' losses, in which the difficulty of the text
+cancels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+LEVEL = 0.95
+DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Where the true value lies with probability `level`, and how that was found."""
+
+    low: float
+    high: float
+    level: float
+    method: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Several runs of one thing: the median, and how far they spread. Units are those of the runs."""
+
+    count: int
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+    minimum: float
+    maximum: float
+
+
+def summary(runs: Sequence[float]) -> Summary:
+    """Median, quartiles (linear interpolation) and range of at least one run."""
+    minimum, lower, median, upper, maximum = (float(value) for value in np.percentile(runs, (0, 25, 50, 75, 100)))
+    return Summary(len(runs), median, lower, upper, minimum, maximum)
+
+
+def bootstrap_of_median_ratio(
+    baseline: Sequence[float], candidate: Sequence[float], *, draws: int = DRAWS, seed: int = 0
+) -> Interval:
+    """Interval of median(candidate) / median(baseline); run i of one side is paired with run i of the other.
+
+    Raises:
+        ValueError: the sides differ in length, or hold no run.
+    """
+    if len(baseline) != len(candidate) or not baseline:
+        raise ValueError(f"{len(baseline)} baseline runs cannot be paired with {len(candidate)} candidate runs")
+    chosen = np.random.default_rng(seed).integers(0, len(baseline), (draws, len(baseline)))
+    below = np.median(np.asarray(baseline, dtype=np.float64)[chosen], axis=1)
+    above = np.median(np.asarray(candidate, dtype=np.float64)[chosen], axis=1)
+    return _percentiles(above / below, "bootstrap of the ratio of medians, paired runs")
+
+
+def bootstrap_of_median(runs: Sequence[float], *, draws: int = DRAWS, seed: int = 0) -> Interval:
+    """Interval of the median of one side's runs."""
+    chosen = np.random.default_rng(seed).integers(0, len(runs), (draws, len(runs)))
+    return _percentiles(np.median(np.asarray(runs, dtype=np.float64)[chosen], axis=1), "bootstrap of the median")
+
+
+def exponential_of_mean(values: Sequence[float], method: str) -> Interval | None:
+    """Interval of exp(mean of `values`) by Student's t on the values; None for fewer than two.
+
+    With the windows' losses (nats per token) this is the interval of a perplexity; with paired differences of losses,
+    that of a ratio of perplexities.
+    """
+    if len(values) < 2:
+        return None
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    reach = student_t(0.5 + LEVEL / 2, len(values) - 1) * error
+    return Interval(exponential(mean - reach), exponential(mean + reach), LEVEL, method)
+
+
+def exponential(value: float) -> float:
+    """exp, with infinity where a float has no room."""
+    return math.exp(value) if not value > 700 else math.inf
+
+
+def student_t(probability: float, degrees: int) -> float:
+    """Quantile of Student's t distribution: exact for 1 and 2 degrees of freedom, else within 0.2 % at 97.5 %.
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5.
+    """
+    if degrees == 1:
+        return math.tan(math.pi * (probability - 0.5))
+    if degrees == 2:
+        return (2 * probability - 1) / math.sqrt(2 * probability * (1 - probability))
+    z = NormalDist().inv_cdf(probability)
+    terms_beyond_normal: float = sum(
+        sum(factor * z**power for power, factor in terms.items()) / (divisor * degrees**order)
+        for order, (divisor, terms) in enumerate(_EXPANSION, start=1)
+    )
+    return z + terms_beyond_normal
+
+
+_EXPANSION: tuple[tuple[int, dict[int, int]], ...] = (
+    (4, {3: 1, 1: 1}),
+    (96, {5: 5, 3: 16, 1: 3}),
+    (384, {7: 3, 5: 19, 3: 17, 1: -15}),
+    (92160, {9: 79, 7: 776, 5: 1482, 3: -1920, 1: -945}),
+)
+
+
+def _percentiles(values: np.ndarray[tuple[int], np.dtype[np.float64]], method: str) -> Interval:
+    low, high = np.percentile(values, (50 * (1 - LEVEL), 50 * (1 + LEVEL)))
+    return Interval(float(low), float(high), LEVEL, method)

@@ -1,0 +1,106 @@
+"""How much memory: the largest resident set of a process and its children, while something else drives it.
+
+Two sources, the larger counts. A thread adds up the resident sets of the process tree every 20 ms; between two samples
+it is blind. The kernel's own high-water mark (VmHWM, Linux) misses nothing but knows one process: for a server of one
+process it is exact. Pages that processes share are counted once for each. (The ru_maxrss of a finished child is no
+substitute: the kernel carries the parent's mark over `exec`, so a child of a large process looks large.)
+"""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from compress.errors import ConfigError
+
+INTERVAL_SECONDS = 0.02
+
+
+class PeakMemory:
+    """Watch a running process in a `with` block; `bytes` is the peak of its tree so far.
+
+        with PeakMemory(server.pid) as peak:
+            ...  # drive the server
+        peak.bytes
+
+    Raises:
+        ConfigError: there is no such process, or it may not be looked at.
+    """
+
+    def __init__(self, pid: int, *, interval_seconds: float = INTERVAL_SECONDS) -> None:
+        self.bytes = 0
+        self._interval_seconds = interval_seconds
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name=f"memory of {pid}", daemon=True)
+        try:
+            self._process = psutil.Process(pid)
+            self._process.memory_info()
+        except psutil.Error as error:
+            raise ConfigError(f"cannot watch the memory of process {pid}: {error}") from error
+
+    def __enter__(self) -> PeakMemory:
+        self._sample()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._sample()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._interval_seconds):
+            self._sample()
+
+    def _sample(self) -> None:
+        """Take one sample. A process that has gone adds nothing."""
+        resident = marks = 0
+        for process in self._tree():
+            try:
+                resident += process.memory_info().rss
+            except psutil.Error:
+                continue
+            marks = max(marks, _high_water_mark(process.pid))
+        self.bytes = max(self.bytes, resident, marks)
+
+    def _tree(self) -> list[psutil.Process]:
+        try:
+            return [self._process, *self._process.children(recursive=True)]
+        except psutil.Error:
+            return []
+
+
+def peak_rss_of(argv: Sequence[str], *, interval_seconds: float = INTERVAL_SECONDS) -> int:
+    """Run a command to its end and return the peak of its process tree in bytes.
+
+    Raises:
+        ConfigError: the command cannot be started, ends with an error, or ends before it can be watched.
+    """
+    try:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+    except OSError as error:
+        raise ConfigError(f"cannot start {argv[0]}: {error.strerror}") from error
+    with process, PeakMemory(process.pid, interval_seconds=interval_seconds) as peak:
+        code = process.wait()
+    if code != 0:
+        raise ConfigError(f"{argv[0]} ended with code {code}: its memory says nothing")
+    return peak.bytes
+
+
+def _high_water_mark(pid: int) -> int:
+    """VmHWM of one process in bytes; 0 where the system does not tell."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text("ascii", "replace")
+    except OSError:
+        return 0
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0

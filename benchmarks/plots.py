@@ -1,0 +1,176 @@
+"""Small inline SVG plots. Colours come from the page's style sheet; every plot also says its numbers in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.markup import Html, join, tag
+from benchmarks.words import number
+
+Scale = Callable[[float], float]
+State = Literal["dense", "pass", "fail", "undecided"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One rung of a ladder: parameters, perplexity with its standard error, a label, and how it stands."""
+
+    x: float
+    y: float
+    error: float
+    label: str
+    state: State
+    chosen: bool
+
+
+def bars(title: str, baseline: float, candidate: float, texts: tuple[str, str]) -> Html:
+    """Two bars from zero, one per side, with their values written behind them."""
+    longest = max(baseline, candidate) or 1.0
+    rows = []
+    for row, (side, value, text) in enumerate(zip(("base", "cand"), (baseline, candidate), texts, strict=True)):
+        length = max(150.0 * value / longest, 1.0)
+        rows.append(tag("rect", class_=side, x=0, y=row * 24 + 3, width=length, height=15, rx=3))
+        rows.append(tag("text", text, x=length + 7, y=row * 24 + 15))
+    return _svg(title, f"baseline {texts[0]}, candidate {texts[1]}", 250, 45, rows)
+
+
+def gauge(title: str, limit: float, value: float, low: float, high: float, *, minimum: bool) -> Html:
+    """A limit, the side of it that fails, and the measured value with its interval."""
+    at = _linear(*_padded(min(limit, low), max(limit, high), 0.25), 4, 176)
+    edge = at(limit)
+    wrong = (4.0, edge) if minimum else (edge, 176.0)
+    return _svg(
+        title,
+        f"limit {number(limit)}, measured {number(value)}, interval {number(low)} to {number(high)}",
+        180,
+        26,
+        [
+            tag("rect", class_="track", x=4, y=9, width=172, height=8, rx=2),
+            tag("rect", class_="wrong", x=wrong[0], y=9, width=wrong[1] - wrong[0], height=8, rx=2),
+            tag("line", class_="edge", x1=edge, x2=edge, y1=3, y2=23),
+            tag("line", class_="reach", x1=at(low), x2=at(high), y1=13, y2=13),
+            tag("circle", class_="cand", cx=at(value), cy=13, r=4.5),
+        ],
+    )
+
+
+def ladder(points: Sequence[Point], limit: float | None) -> Html:
+    """Perplexity against parameters, with standard errors, the limit, and the chosen point ringed."""
+    left, right, top, bottom = 48, 404, 22, 254
+    is_log = max(point.y for point in points) > 6 * min(point.y for point in points)
+    ends = [point.y + point.error for point in points]
+    ends += [point.y if is_log else point.y - point.error for point in points]
+    ends += [limit] if limit is not None else []
+    widths = _padded(min(point.x for point in points), max(point.x for point in points), 0.1, 0.24)
+    x = _linear(*widths, left, right)
+    heights = (min(ends) / 1.2, max(ends) * 1.2) if is_log else _padded(min(ends), max(ends), 0.1)
+    y = (_log if is_log else _linear)(*heights, bottom, top)
+    y_ticks = _log_ticks(*heights) if is_log else _ticks(*heights, 5)
+    drawn: list[Html] = []
+    for tick in y_ticks:
+        drawn.append(tag("line", class_="grid", x1=left, x2=right, y1=y(tick), y2=y(tick)))
+        drawn.append(tag("text", number(tick), class_="tick", x=left - 7, y=y(tick) + 4, text_anchor="end"))
+    for tick in _ticks(*widths, 4):
+        drawn.append(tag("text", number(tick / 1e6), class_="tick", x=x(tick), y=bottom + 17, text_anchor="middle"))
+    drawn.append(tag("line", class_="axis", x1=left, x2=right, y1=bottom, y2=bottom))
+    drawn.append(
+        tag("text", "parameters, millions", class_="name", x=(left + right) / 2, y=bottom + 36, text_anchor="middle")
+    )
+    scale = "perplexity, log scale (lower is better)" if is_log else "perplexity (lower is better)"
+    drawn.append(tag("text", scale, class_="name", x=2, y=11))
+    if limit is not None:
+        drawn.append(tag("line", class_="limit", x1=left, x2=right, y1=y(limit), y2=y(limit)))
+        drawn.append(tag("text", f"limit {number(limit)}", class_="limit", x=right, y=y(limit) - 6, text_anchor="end"))
+    drawn.extend(_line_through(points, x, y))
+    drawn.extend(_marker(point, x, y, heights[0]) for point in points)
+    words = "; ".join(f"{p.label}: {number(p.x / 1e6)} million, perplexity {number(p.y)}" for p in points)
+    return _svg("Perplexity against parameters", words, 420, 298, drawn)
+
+
+def _line_through(points: Sequence[Point], x: Scale, y: Scale) -> list[Html]:
+    path = " ".join(f"{x(point.x):.2f},{y(point.y):.2f}" for point in points)
+    return [tag("polyline", class_="path", points=path)]
+
+
+def _marker(point: Point, x: Scale, y: Scale, lowest: float) -> Html:
+    at, low, high = x(point.x), y(max(point.y - point.error, lowest)), y(point.y + point.error)
+    parts = [
+        tag("line", class_="error", x1=at, x2=at, y1=low, y2=high),
+        tag("line", class_="error", x1=at - 4, x2=at + 4, y1=low, y2=low),
+        tag("line", class_="error", x1=at - 4, x2=at + 4, y1=high, y2=high),
+        tag("circle", class_=f"point {point.state}", cx=at, cy=y(point.y), r=5),
+        tag("text", point.label, class_="label", x=at + 14, y=y(point.y) - 3),
+    ]
+    if point.chosen:
+        parts.append(tag("circle", class_="ring", cx=at, cy=y(point.y), r=10))
+    return tag("g", *parts)
+
+
+def dots(
+    title: str, unit: str, baseline: Sequence[float], candidate: Sequence[float], medians: tuple[float, float]
+) -> Html:
+    """Every run as a dot, in the order of the runs from top to bottom, with each side's median as a bar."""
+    left, right = 10, 410
+    runs = [*baseline, *candidate]
+    low, high = _padded(min(runs), max(runs), 0.06)
+    x = _linear(low, high, left, right)
+    drawn: list[Html] = []
+    for tick in _ticks(low, high, 5):
+        drawn.append(tag("line", class_="grid", x1=x(tick), x2=x(tick), y1=8, y2=104))
+        drawn.append(tag("text", number(tick), class_="tick", x=x(tick), y=121, text_anchor="middle"))
+    for row, (side, values, median) in enumerate(zip(("base", "cand"), (baseline, candidate), medians, strict=True)):
+        middle = 30 + row * 52
+        drawn.append(tag("line", class_=f"median {side}", x1=x(median), x2=x(median), y1=middle - 20, y2=middle + 20))
+        for place, value in enumerate(values):
+            offset = 0.0 if len(values) == 1 else (place / (len(values) - 1) - 0.5) * 30
+            drawn.append(tag("circle", class_=f"run {side}", cx=x(value), cy=middle + offset, r=4))
+    drawn.append(tag("text", unit, class_="name", x=right, y=140, text_anchor="end"))
+    words = "; ".join(
+        f"{side}: {', '.join(map(number, values))}; median {number(median)}"
+        for side, values, median in zip(("baseline", "candidate"), (baseline, candidate), medians, strict=True)
+    )
+    return _svg(title, f"{unit}. {words}", 420, 146, drawn)
+
+
+def _svg(title: str, words: str, width: int, height: int, drawn: Sequence[Html]) -> Html:
+    return tag(
+        "svg",
+        tag("title", title),
+        tag("desc", words),
+        join(*drawn),
+        viewBox=f"0 0 {width} {height}",
+        role="img",
+        aria_label=f"{title}: {words}",
+    )
+
+
+def _padded(low: float, high: float, below: float, above: float | None = None) -> tuple[float, float]:
+    """A range with room at its ends, as shares of its length."""
+    length = (high - low) or abs(high) or 1.0
+    return low - below * length, high + (below if above is None else above) * length
+
+
+def _linear(low: float, high: float, start: float, end: float) -> Scale:
+    return lambda value: start + (value - low) / (high - low) * (end - start)
+
+
+def _log(low: float, high: float, start: float, end: float) -> Scale:
+    bottom, top = math.log(low), math.log(high)
+    return lambda value: start + (math.log(value) - bottom) / (top - bottom) * (end - start)
+
+
+def _ticks(low: float, high: float, about: int) -> list[float]:
+    """Round numbers in a range, about so many: steps of 1, 2 or 5 times a power of ten."""
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    return [round(n * step, 12) for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten in a range."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [tick for power in powers for factor in (1, 2, 5) if low <= (tick := factor * 10.0**power) <= high]
