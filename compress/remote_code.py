@@ -71,9 +71,14 @@ def base_config(config: Any) -> Any:
         return config
     stock = copy.deepcopy(config)
     stock.__class__ = _stock(type(config), _RaggedConfig)
-    for key in (*RAGGED_KEYS, "auto_map"):
-        stock.__dict__.pop(key, None)
+    _forget(stock)
     return stock
+
+
+def _forget(config: Any) -> None:
+    """Drop what only a ragged config says; one that was loaded has even its model_type as an attribute of its own."""
+    for key in (*RAGGED_KEYS, "auto_map", "model_type"):
+        config.__dict__.pop(key, None)
 
 
 def _stock(cls: type, ragged: type) -> type:
@@ -118,8 +123,7 @@ def make_plain(model: Any) -> None:
         config = model.config
         config.__class__ = _stock(type(config), _RaggedConfig)
         model.__class__ = _stock(type(model), _RaggedModel)
-        for key in (*RAGGED_KEYS, "auto_map"):
-            config.__dict__.pop(key, None)
+        _forget(config)
 
 
 def submodule(module: nn.Module, path: str) -> Any:

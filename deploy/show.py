@@ -1,0 +1,63 @@
+"""What a path is, in words and in data: an artifact, an export or a record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record as records
+from benchmarks.words import gains_and_losses, headline
+from compress import artifact
+from compress.errors import ConfigError
+from exporters.base import is_export, read_export
+
+
+def describe(path: Path) -> tuple[str, list[str], dict[str, Any]]:
+    """Describe what lies at a path.
+
+    Returns:
+        Its kind, lines for a person, and its content.
+
+    Raises:
+        ConfigError: it is nothing of ours.
+    """
+    if path.is_file():
+        record = records.read(path)
+        return "record", [record.title, *outcome(record)], json.loads(record.model_dump_json())
+    if artifact.is_artifact(path):
+        manifest = artifact.verify(path)
+        return "artifact", _artifact_lines(manifest), json.loads(manifest.model_dump_json())
+    if is_export(path):
+        export = read_export(path)
+        maker = f"artifact {export.artifact_id}" if export.artifact_id else "a model that is no artifact"
+        words = [
+            f"{export.options.dtype} {export.to} export of {export.source.name}",
+            f"{export.parameters:,} parameters in {export.bytes / 1e6:.1f} MB",
+            f"made from {maker}",
+        ]
+        return "export", words, json.loads(export.model_dump_json())
+    raise ConfigError(f"{path} is no artifact, export or record of foldaway's")
+
+
+def _artifact_lines(manifest: artifact.Manifest) -> list[str]:
+    blocks = len(manifest.layout.blocks)
+    words = [
+        f"artifact {manifest.id}: a {manifest.layout.kind} {manifest.model_type} model of {blocks} blocks",
+        f"made from {manifest.origin.name}; {manifest.parameters['total']:,} parameters",
+        "every file is as the manifest says",
+    ]
+    for step in manifest.steps:
+        gone = f"{step.numbers['sparsity_of_blocks']:.1%} of the blocks' parameters removed"
+        words.append(f"  {step.method} {json.dumps(step.config)}: {gone}")
+    return words
+
+
+def outcome(record: records.Record) -> list[str]:
+    """What a record found, in words: the verdict, what was gained, what was lost."""
+    gained, lost, same = gains_and_losses(record)
+    lines = [headline(record)]
+    for heading, words in (("Gained", gained), ("Lost", lost), ("Unchanged", same)):
+        if words:
+            lines.append(f"{heading}: {'; '.join(words)}")
+    return lines
