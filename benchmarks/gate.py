@@ -30,6 +30,7 @@ Bound = Literal["max_ratio", "min_ratio", "max", "min"]
 BOUNDS: tuple[Bound, ...] = ("max_ratio", "min_ratio", "max", "min")
 Outcome = Literal["pass", "fail", "undecided"]
 EXIT_CODES: dict[Outcome, int] = {"pass": 0, "fail": 3, "undecided": 3}
+"""What a command that ends with a verdict returns."""
 
 
 class Limit(Strict):
@@ -101,11 +102,6 @@ class Verdict:
 
     verdict: Outcome
     gates: tuple[GateLine, ...]
-
-    @property
-    def exit_code(self) -> int:
-        """0 for pass, 3 for fail and undecided."""
-        return EXIT_CODES[self.verdict]
 
 
 def read_gate(path: Path) -> GateFile:

@@ -69,11 +69,11 @@ dt { color: var(--muted); } dd { margin: 0; min-width: 0; }
 figure { margin: 0; min-width: 0; }
 figcaption { font-size: .88rem; margin-top: 4px; }
 figure h3 { margin: 0 0 4px; }
-.ladder table { font-size: .88rem; }
 .scroll { overflow-x: auto; margin: 12px 0; }
 table { border-collapse: collapse; width: 100%; font-size: .93rem; }
 caption { text-align: left; font-size: .85rem; padding-bottom: 6px; }
 th, td { padding: 8px 12px 8px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+.ladder table { font-size: .88rem; } .ladder th, .ladder td { padding-right: 9px; }
 tr:last-child > * { border-bottom: 0; }
 thead th { font-size: .82rem; font-weight: 600; color: var(--muted); vertical-align: bottom; }
 tbody th { font-weight: 600; }
@@ -113,7 +113,7 @@ line.limit { stroke: var(--bad); stroke-dasharray: 6 4; stroke-width: 1.5; } svg
 .point.pass { fill: var(--good); }
 .point.fail { fill: var(--bad); } .point.undecided { fill: var(--unsure); }
 .ring { fill: none; stroke: var(--cand); stroke-width: 2.5; } .label { font-weight: 600; }
-@media (min-width: 860px) { .ladder { grid-template-columns: minmax(0, 4fr) minmax(0, 5fr); } }
+@media (min-width: 860px) { .ladder { grid-template-columns: minmax(0, 3fr) minmax(0, 4fr); } }
 @media (max-width: 560px) {
   main, footer { padding: 0 12px; } section { padding: 18px 16px; } header { padding-top: 24px; }
   .verdict { grid-template-columns: 1fr; } .verdict .badge { justify-self: start; } h1 { font-size: 1.4rem; }
@@ -125,7 +125,6 @@ line.limit { stroke: var(--bad); stroke-dasharray: 6 4; stroke-width: 1.5; } svg
 }
 @media print {
   body { background: none; }
-  section { break-inside: avoid; border-color: #ccc; } details, .ladder table { font-size: .88rem; }
-.scroll { overflow: visible; }
+  section { break-inside: avoid; border-color: #ccc; } details, .scroll { overflow: visible; }
 }
 """

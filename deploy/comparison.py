@@ -82,7 +82,13 @@ def serve_both(
         PeakMemory(theirs) as theirs_peak,
     ):
         served = served_pair(
-            ours_url, theirs_url, spec.prompts, max_tokens=spec.max_tokens, warmup=2, progress=progress
+            ours_url,
+            theirs_url,
+            spec.prompts,
+            max_tokens=spec.max_tokens,
+            warmup=2,
+            extra_body={"ignore_eos": True},  # answers of equal length on both sides
+            progress=progress,
         )
     return served, (ours_peak.bytes, theirs_peak.bytes)
 

@@ -21,7 +21,7 @@ from benchmarks.measures import Intervals, Measures, PairedRuns, Quality
 from benchmarks.quality import quality
 from benchmarks.record import Ladder, Model, Record, Variant
 from compress import artifact, budget
-from compress.calibration import TokenRows
+from compress.calibration import TokenRows, context_length_of
 from compress.evaluate import Perplexity, logits_of, perplexity
 from compress.result import Progress
 from compress.sources import Loaded, fingerprint, load
@@ -143,7 +143,7 @@ class Pipeline:
         return Perplexity(**{**found, "window_nll": tuple(found["window_nll"])})
 
     def _windows(self, loaded: Loaded) -> TokenRows:
-        return evaluation_windows(self.recipe.evaluation, loaded.tokenizer)
+        return evaluation_windows(self.recipe.evaluation, loaded.tokenizer, context_length_of(loaded.model))
 
     def _export(self, stage: str, model_hash: str, name: str) -> Path:
         spec = self.recipe.export
@@ -315,7 +315,7 @@ def bench(
     """
     work = Workspace(out)
     ours, theirs = open_side(baseline), open_side(candidate)
-    rows = evaluation_windows(evaluation, ours.tokenizer)
+    rows = evaluation_windows(evaluation, ours.tokenizer, min(ours.context_length, theirs.context_length))
     measured = measure(ours, theirs, rows, spec, work.root / "logs", progress)
     both = measured.comparison
     verdict = judge(limits, both.baseline, both.candidate, both.intervals) if limits else None

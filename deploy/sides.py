@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from compress import budget
+from compress.calibration import context_length_of
 from compress.evaluate import Logits, logits_of
 from compress.sources import Origin, load
 from exporters.base import is_export, read_export
@@ -27,6 +28,7 @@ class Side:
         session: the ONNX session, for an export.
         form: for example "int4 ONNX".
         tokenizer: of the model.
+        context_length: the most tokens of a window.
     """
 
     path: str
@@ -37,6 +39,7 @@ class Side:
     session: OnnxSession | None
     form: str
     tokenizer: PreTrainedTokenizerBase
+    context_length: int
 
 
 def open_side(path: str) -> Side:
@@ -48,11 +51,31 @@ def open_side(path: str) -> Side:
         origin = Origin(source.name, source.kind, source.licence, source.quantised_from, record.artifact_id)
         form = f"{record.options.dtype} ONNX"
         tokenizer = load_tokenizer(path)
-        return Side(path, origin, session.logits, record.parameters, record.bytes, session, form, tokenizer)
+        return Side(
+            path,
+            origin,
+            session.logits,
+            record.parameters,
+            record.bytes,
+            session,
+            form,
+            tokenizer,
+            session.context_length,
+        )
     loaded = load(path)
     tensors = {id(p): p.numel() * p.element_size() for p in loaded.model.parameters()}
     weights = list(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
     size = sum(file.stat().st_size for file in weights) or sum(tensors.values())
     form = f"{str(loaded.model.dtype).removeprefix('torch.').replace('float', 'fp')} PyTorch"
     parameters = budget.count(loaded.model).total
-    return Side(path, loaded.origin, logits_of(loaded.model), parameters, size, None, form, loaded.tokenizer)
+    return Side(
+        path,
+        loaded.origin,
+        logits_of(loaded.model),
+        parameters,
+        size,
+        None,
+        form,
+        loaded.tokenizer,
+        context_length_of(loaded.model),
+    )

@@ -63,6 +63,6 @@ def compress_model(
     return artifact.save(smaller, loaded.tokenizer, path, origin=origin, steps=[*past, step], parent=parent)
 
 
-def evaluation_windows(spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase) -> TokenRows:
-    """The windows that a recipe's perplexities are measured on."""
-    return windows(spec.source, tokenizer, length=spec.window, count=spec.windows)
+def evaluation_windows(spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase, context_length: int) -> TokenRows:
+    """The windows that perplexity is measured on."""
+    return windows(spec.source, tokenizer, length=spec.window, count=spec.windows, context_length=context_length)

@@ -29,8 +29,9 @@ KV = tuple[tuple[NDArray[np.float32], NDArray[np.float32]], ...]
 positions count; the rest is free room. A tuple, because the session remembers which buffers it has bound."""
 
 MODEL_FILE = "model.onnx"
-PREFILL_CHUNK = 256
-"""Tokens per run while prefilling: the graph returns logits of every position, T x V x 4 bytes, which chunks bound."""
+PREFILL_CHUNK = 64
+"""Tokens per run while prefilling. The graph returns logits of every position, T x V x 4 bytes: small runs keep that
+small, and are no slower (SmolLM2 int4: 1.9 s of CPU for 512 tokens in runs of 64, 2.4 s in one)."""
 
 
 class OnnxSession:

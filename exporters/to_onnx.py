@@ -23,13 +23,14 @@ import io
 import json
 import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.decoder import Decoder
 from compress.errors import ExportError, LayoutNotSupported, require
@@ -169,14 +170,7 @@ def write_graph(
         ExportError: the builder cannot express the model, for example its RoPE.
     """
     builder = import_builder()
-    chatter = io.StringIO()  # the builder tells its progress on stdout, which belongs to the command line
-    with contextlib.ExitStack() as stack:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(contextlib.redirect_stdout(chatter))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(
-            torch.random.fork_rng(devices=[])
-        )  # the builder makes linears only to replace their weights
+    with tempfile.TemporaryDirectory() as scratch, _undisturbed():
         source = Path(scratch) / "source"
         _write_source(model, tokenizer, source)
         extra = [f"block_size={options.block_size}", f"accuracy_level={options.accuracy_level}"]
@@ -184,18 +178,24 @@ def write_graph(
         try:
             prepared = builder.parse_extra_options(None, str(source), str(folder), dtype, "cpu", scratch, extra)
             config = builder_config(prepared["hf_details"]["hf_config"], layout_of(model))
-            io_dtype = builder.set_io_dtype(dtype, "cpu", prepared)
-            onnx_dtype = builder.set_onnx_dtype(dtype, prepared)
-            onnx_model = builder_class(builder, config)(
-                model, progress, config, io_dtype, onnx_dtype, scratch, prepared
-            )
+            dtypes = builder.set_io_dtype(dtype, "cpu", prepared), builder.set_onnx_dtype(dtype, prepared)
+            onnx_model = builder_class(builder, config)(model, progress, config, *dtypes, scratch, prepared)
             onnx_model.make_model(str(source))
             onnx_model.save_model(str(folder))
             onnx_model.make_genai_config(config, {}, str(folder))
         except (NotImplementedError, ValueError) as error:
             raise ExportError(f"onnxruntime-genai's builder cannot express this model: {error}") from error
-        finally:
-            logger.debug("onnxruntime-genai's builder said:\n%s", chatter.getvalue())
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keep the builder's habits from the process: it prints, and draws random weights only to replace them."""
+    chatter = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(chatter), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        logger.debug("onnxruntime-genai's builder said:\n%s", chatter.getvalue())
 
 
 def import_builder() -> ModuleType:
@@ -218,15 +218,16 @@ def _write_source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
     """Write what the builder reads beside the weights: config, generation config, tokenizer."""
     folder.mkdir()
     config = copy.deepcopy(base_config(model.config))
-    config.architectures = [_stock_class_name(model)]
+    config.architectures = [_stock_class_name(config)]
     config.save_pretrained(folder)
     _write_generation_config(model, folder)
     tokenizer.save_pretrained(folder)
 
 
-def _stock_class_name(model: PreTrainedModel) -> str:
-    """The transformers class under a plain or ragged model."""
-    return next(cls.__name__ for cls in type(model).__mro__ if cls.__module__.startswith("transformers."))
+def _stock_class_name(config: Any) -> str:
+    """The transformers class of a stock config's causal LM."""
+    classes: Any = AutoModelForCausalLM._model_mapping
+    return str(classes[type(config)].__name__)
 
 
 def _write_generation_config(model: PreTrainedModel, folder: Path) -> None:
@@ -391,7 +392,7 @@ def _attending_config(model: PreTrainedModel) -> Any:
         if getattr(config, key, None) is not None:
             setattr(config, key, [getattr(config, key)[i] for i in kept])
     config.num_hidden_layers = len(kept)
-    config.architectures = [_stock_class_name(model)]
+    config.architectures = [_stock_class_name(config)]
     config.dtype = torch.float32
     return config
 

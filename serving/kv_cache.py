@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-KV = tuple[tuple[NDArray[np.float32], NDArray[np.float32]], ...]
+from exporters.onnx_session import KV
 
 BLOCK = 256
 """Capacity is a multiple of this many tokens."""

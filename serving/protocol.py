@@ -154,10 +154,17 @@ class ChatRequest(_Generate):
 
     @property
     def limit(self) -> tuple[int, str] | None:
-        """The most tokens to generate and the field that said so; None where the request does not say."""
-        if self.max_completion_tokens is not None:
-            return self.max_completion_tokens, "max_completion_tokens"
-        return super().limit
+        """The most tokens to generate and the field that said so; None where the request does not say.
+
+        Raises:
+            ApiError: both fields say so.
+        """
+        if self.max_completion_tokens is None:
+            return super().limit
+        if self.max_tokens is not None:
+            message = "max_tokens is the older name of max_completion_tokens: give one of them"
+            raise ApiError(400, message, param="max_tokens")
+        return self.max_completion_tokens, "max_completion_tokens"
 
 
 class CompletionRequest(_Generate):
@@ -192,9 +199,6 @@ def parse(kind: type[R], body: Any) -> R:
         raise _invalid(error) from error
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "stream_options is for streams: set stream to true", param="stream_options")
-    if isinstance(request, ChatRequest) and request.max_tokens and request.max_completion_tokens:
-        message = "max_tokens is the older name of max_completion_tokens: give one of them"
-        raise ApiError(400, message, param="max_tokens")
     return request
 
 

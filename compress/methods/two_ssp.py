@@ -54,12 +54,12 @@ class TwoSSPConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
             raise ConfigError(f"sparsity={self.sparsity} is not a share; give one from 0 up to, not including, 1")
-        if self.alpha <= 0:
+        if not self.alpha > 0:
             raise ConfigError(f"alpha={self.alpha} is not positive; the paper uses 1.5")
         if self.neuron_norm not in ("l1", "l2"):
             raise ConfigError(f"neuron_norm={self.neuron_norm!r} is not known; give 'l2' or 'l1'")
-        if self.divisor is not None and self.divisor < 1:
-            raise ConfigError(f"divisor={self.divisor} is not positive; 64 or 128 suit most kernels")
+        if self.divisor is not None and (self.divisor < 1 or self.divisor != int(self.divisor)):
+            raise ConfigError(f"divisor={self.divisor} is not a positive whole number; 64 or 128 suit most kernels")
 
 
 def compress(
@@ -82,7 +82,8 @@ def compress(
     run = run or Run()
     dense = budget.count(model)
     pruned = model if run.consume else clone(model)
-    plan = balance(dense, [block.ffn_out.inputs for block in Decoder(model)], config)
+    widths = [block.ffn_out.inputs for block in Decoder(model)]
+    plan = balance(dense, widths, config) if config.sparsity > 0 else Plan(0, tuple(widths))
     removals: list[Removal] = []
     forwards = naive = 0
     if config.sparsity > 0:
@@ -208,6 +209,8 @@ def remove_attentions(model: PreTrainedModel, row: Tensor, count: int, run: Run)
 
     def remove(index: int) -> None:
         blocks[index].remove_attention()
+        if tried == total:
+            return  # no trial will ask what enters the blocks above
         with starting_at(decoder, index, entering[index]):
             entering[index + 1 :] = block_inputs(decoder, row)[index + 1 :]
 

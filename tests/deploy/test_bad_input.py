@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny
+
 from deploy.cli import main
+from tests.conftest import byte_tokenizer, tiny
 
 COMPRESS = ["--method", "2ssp", "--set", "sparsity=0.3", "--rows", "2", "--length", "32"]
 
@@ -189,9 +190,7 @@ def test_an_output_folder_that_is_not_empty_is_refused(
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_an_unknown_format_or_dtype_is_refused(
-    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_format_or_dtype_is_refused(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refuse(["export", str(dense), "--to", "stone", "-o", str(tmp_path / "out")], capsys, "stone", "onnx")
     refuse(["export", str(dense), "--to", "onnx", "--dtype", "int3", "-o", str(tmp_path / "out")], capsys, "int3")
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,110 @@
+"""The Hugging Face export: it loads where foldaway is not installed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from compress.artifact import OriginEntry, save
+from compress.errors import ConfigError, ParityError
+from compress.evaluate import logits_of
+from compress.layout import layout_of
+from compress.sources import Loaded, Origin, load
+from compress.surgery import drop_attention, keep_neurons
+from exporters import ExportOptions, export, read_export, to_hf
+from tests.conftest import byte_tokenizer, tiny, token_rows
+
+ORIGIN = Origin("tiny", "folder")
+TOKENS = token_rows(rows=1, length=20).tokens
+
+
+def test_a_plain_model_becomes_a_stock_folder(architecture: str, tmp_path: Path) -> None:
+    model = tiny(architecture)
+    done = export(Loaded(model, byte_tokenizer(), ORIGIN), tmp_path / "x", to="hf", check_tokens=TOKENS)
+    config = json.loads((done.path / "config.json").read_text())
+    assert config["model_type"] == model.config.model_type
+    assert "auto_map" not in config
+    assert done.parity.max_abs_difference < 1e-5
+    assert done.parity.decode_max_abs_difference < 1e-4
+    assert AutoTokenizer.from_pretrained(done.path).chat_template == byte_tokenizer().chat_template
+
+
+def test_a_ragged_model_brings_its_code(architecture: str, tmp_path: Path) -> None:
+    model = tiny(architecture)
+    keep_neurons(model, {2: torch.arange(0, 80, 3)})
+    drop_attention(model, (0, 3))
+    done = export(Loaded(model, byte_tokenizer(), ORIGIN), tmp_path / "x", to="hf", check_tokens=TOKENS)
+    assert done.parity.max_abs_difference < 1e-5
+    assert done.parity.decode_max_abs_difference < 1e-4
+    assert read_export(done.path).blocks == layout_of(model).block_configs()
+    assert read_export(done.path).model_type == architecture
+
+
+def test_a_ragged_folder_loads_where_foldaway_is_not(tmp_path: Path) -> None:
+    model = tiny("qwen3")
+    drop_attention(model, (1,))
+    done = export(Loaded(model, byte_tokenizer(), ORIGIN), tmp_path / "x", to="hf", check_tokens=TOKENS)
+    script = (
+        "import sys, torch, transformers\n"
+        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(done.path)!r}, trust_remote_code=True)\n"
+        f"print(model(torch.tensor({TOKENS.tolist()})).logits.argmax(-1).tolist())\n"
+        "assert 'compress' not in sys.modules\n"
+    )
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout.splitlines()[-1]) == logits_of(model)(TOKENS).argmax(-1).tolist()
+
+
+def test_the_export_of_an_artifact_names_it(tmp_path: Path) -> None:
+    model = tiny("llama")
+    drop_attention(model, (4,))
+    origin = OriginEntry(name="tiny", kind="folder")
+    manifest = save(model, byte_tokenizer(), tmp_path / "artifact", origin=origin, steps=[])
+    artifact = load(str(tmp_path / "artifact"))
+    done = export(artifact, tmp_path / "x", to="hf", check_tokens=TOKENS)
+    assert read_export(done.path).artifact_id == manifest.id
+    for name in ("model.safetensors", "foldaway_model.py", "tokenizer.json"):
+        assert (done.path / name).read_bytes() == (tmp_path / "artifact" / name).read_bytes()
+
+
+def test_weights_are_stored_as_asked(tmp_path: Path) -> None:
+    model = tiny("llama")
+    source = Loaded(model, byte_tokenizer(), ORIGIN)
+    half = export(source, tmp_path / "a", to="hf", options=ExportOptions(dtype="bf16"), check_tokens=TOKENS)
+    kept = export(source, tmp_path / "b", to="hf", check_tokens=TOKENS)
+    assert (half.dtype, kept.dtype) == ("bf16", "fp32")
+    assert half.bytes < 0.55 * kept.bytes
+    assert load(str(half.path)).model.dtype == torch.bfloat16
+    assert model.dtype == torch.float32
+
+
+def test_int4_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the hf export stores fp32 or fp16 or bf16"):
+        export(
+            Loaded(tiny("llama"), byte_tokenizer(), ORIGIN),
+            tmp_path / "x", to="hf", options=ExportOptions(dtype="int4"), check_tokens=TOKENS,
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_lost_a_weight_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = to_hf.write_model
+
+    def wrong(model: object, tokenizer: object, folder: Path) -> None:
+        other = tiny("llama")
+        other.model.layers[2].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(64, 80))
+        right(other, byte_tokenizer(), folder)
+
+    monkeypatch.setattr(to_hf, "write_model", wrong)
+    with pytest.raises(ParityError):
+        export(Loaded(tiny("llama"), byte_tokenizer(), ORIGIN), tmp_path / "x", to="hf", check_tokens=TOKENS)
+    assert not list(tmp_path.iterdir())

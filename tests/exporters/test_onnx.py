@@ -1,0 +1,317 @@
+"""The ONNX export: plain and ragged models of every architecture that the builder knows."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from compress import sources
+from compress.calibration import windows
+from compress.errors import ConfigError, LayoutNotSupported, ParityError
+from compress.evaluate import logits_of
+from compress.sources import Loaded, Origin
+from compress.surgery import drop_attention, keep_neurons
+from exporters import Exported, ExportOptions, export, read_export, to_onnx
+from exporters.base import in_dtype
+from exporters.onnx_session import OnnxSession, load_tokenizer
+from tests.conftest import CONTEXT, TINY, byte_tokenizer, tiny, token_rows
+
+BUILDABLE = sorted(to_onnx.BUILDERS)
+ORIGIN = Origin("tiny", "folder", licence="Apache-2.0", artifact_id="0123456789abcdef")
+TOKENS = token_rows(rows=2, length=40).tokens
+
+
+def loaded(model: PreTrainedModel) -> Loaded:
+    return Loaded(model, byte_tokenizer(), ORIGIN)
+
+
+def ragged(model: PreTrainedModel, without_attention: tuple[int, ...] = (1, 3)) -> PreTrainedModel:
+    """Attentions gone, and FFN widths that differ and fit no int4 block."""
+    keep_neurons(model, {0: torch.arange(70), 2: torch.arange(0, 80, 2)})
+    drop_attention(model, without_attention)
+    return model
+
+
+def exported(model: PreTrainedModel, path: Path, dtype: str = "fp32", **options: Any) -> Exported:
+    return export(loaded(model), path, to="onnx", options=ExportOptions(dtype=dtype, **options), check_tokens=TOKENS)
+
+
+def variant(model_type: str, **changes: Any) -> PreTrainedModel:
+    """A tiny model whose config differs from that of `tiny`."""
+    config = AutoConfig.for_model(**{**tiny(model_type).config.to_dict(), "model_type": model_type, **changes})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))  # biases start at zero, and would not be missed
+    return model
+
+
+@pytest.mark.parametrize("model_type", BUILDABLE)
+@pytest.mark.parametrize("without_attention", [None, (1, 3), (0, 3)], ids=["plain", "ragged", "block 0 without"])
+def test_an_fp32_export_computes_what_its_source_does(
+    model_type: str, without_attention: tuple[int, ...] | None, tmp_path: Path
+) -> None:
+    model = tiny(model_type) if without_attention is None else ragged(tiny(model_type), without_attention)
+    parity = exported(model, tmp_path / "x").parity
+    assert parity.max_abs_difference < 1e-4
+    assert parity.decode_max_abs_difference < 1e-4
+    assert parity.argmax_agreement == parity.decode_argmax_agreement == 1.0
+    assert parity.tokens == parity.decode_tokens == TOKENS.numel()
+    assert parity.decode_against == "source"
+
+
+@pytest.mark.parametrize("model_type", BUILDABLE)
+def test_an_int4_export_decodes_as_it_reads_and_resembles_its_source(model_type: str, tmp_path: Path) -> None:
+    done = exported(ragged(tiny(model_type), (0, 3)), tmp_path / "x", "int4")
+    assert done.parity.decode_max_abs_difference < 1e-4
+    assert done.parity.decode_against == "export"
+    assert done.parity.argmax_agreement > 0.2
+    operators = {node.op_type for node in onnx.load(str(done.path / "model.onnx"), load_external_data=False).graph.node}
+    assert "MatMulNBits" in operators
+    assert "MatMul" not in operators
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("mistral", {"sliding_window": 9}),
+        ("phi3", {"sliding_window": 9}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2, "layer_types": None}),
+        ("gemma3_text", {"hidden_size": 72}),  # sqrt(72) is not a short number
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                }
+            },
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 5e5,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                }
+            },
+        ),
+        (
+            "phi3",
+            {
+                "original_max_position_embeddings": 48,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "partial_rotary_factor": 1.0,
+                    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+                    "long_factor": [2.0 + 0.5 * i for i in range(8)],
+                },
+            },
+        ),
+    ],
+)
+def test_windows_ropes_and_biases_reach_the_graph(model_type: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    parity = exported(ragged(variant(model_type, **changes)), tmp_path / "x").parity
+    assert max(parity.max_abs_difference, parity.decode_max_abs_difference) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int4"])
+def test_caches_are_numbered_densely_and_counted_alike_everywhere(dtype: str, tmp_path: Path) -> None:
+    done = exported(ragged(tiny("gemma3_text"), (0, 3)), tmp_path / "x", dtype)
+    graph = onnx.load(str(done.path / "model.onnx"), load_external_data=False).graph
+    sizes = {v.name: [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim] for v in graph.input}
+    config = json.loads((done.path / "config.json").read_text())
+    genai = json.loads((done.path / "genai_config.json").read_text())
+    expected = [f"past_key_values.{i}.{kind}" for kind in ("key", "value") for i in range(4)]
+    assert sorted(sizes) == sorted(["input_ids", "attention_mask", *expected])
+    assert all(sizes[name][1] == 2 and sizes[name][3] == 16 for name in expected)
+    assert genai["model"]["decoder"]["num_hidden_layers"] == config["num_hidden_layers"] == 4
+    assert config["layer_types"] == ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    assert (config["model_type"], config["architectures"]) == ("gemma3_text", ["Gemma3ForCausalLM"])
+    assert [b["attention"]["no_op"] for b in read_export(done.path).blocks] == [True, False, False, True, False, False]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_onnxruntime_genai_generates_the_tokens_that_pytorch_does(model_type: str, tmp_path: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = ragged(tiny(model_type), (0, 3))
+    done = exported(model, tmp_path / "x")
+    prompt = TOKENS[:1, :12]
+    params = genai.GeneratorParams(genai.Model(str(done.path)))
+    params.set_search_options(max_length=30, do_sample=False)
+    generator = genai.Generator(genai.Model(str(done.path)), params)
+    generator.append_tokens(prompt[0].tolist())
+    while not generator.is_done():
+        generator.generate_next_token()
+    ours = list(generator.get_sequence(0))
+    theirs = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_length=30, do_sample=False)[0].tolist()
+    assert ours == theirs[: len(ours)]
+    assert len(ours) > 12
+
+
+def test_the_folder_holds_what_its_readers_look_for(tmp_path: Path) -> None:
+    done = exported(tiny("llama"), tmp_path / "x", "int4")
+    names = {file.name for file in done.path.iterdir()}
+    assert names >= {
+        "model.onnx", "model.onnx.data", "genai_config.json", "config.json", "generation_config.json", "tokenizer.json",
+        "tokenizer_config.json", "chat_template.jinja", "export.json", "README.md",
+    }  # fmt: skip
+    assert set(done.files) == names - {"export.json"}
+    assert done.bytes == sum((done.path / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    settings = json.loads((done.path / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_max_length"] == CONTEXT
+    text = "Fold it until it fits."
+    tokenizer = load_tokenizer(done.path)
+    assert tokenizer(text).input_ids == byte_tokenizer()(text).input_ids
+    assert tokenizer.chat_template == byte_tokenizer().chat_template
+    assert OnnxSession(done.path).artifact_id == ORIGIN.artifact_id
+    assert "license: apache-2.0" in (done.path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int4"])
+def test_tied_embeddings_are_stored_once(dtype: str, tmp_path: Path) -> None:
+    sizes = {
+        tied: exported(variant("llama", tie_word_embeddings=tied), tmp_path / str(tied), dtype).bytes
+        for tied in (True, False)
+    }
+    table = 259 * 64 * 4  # an untied table of embeddings stays in fp32, in both
+    assert 0.9 * table < sizes[False] - sizes[True] < 1.1 * table
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    first, second = (exported(ragged(tiny("phi3")), tmp_path / name, "int4").path for name in "ab")
+    for file in first.iterdir():
+        assert file.read_bytes() == (second / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("options", [{"block_size": 16}, {"accuracy_level": 1}])
+def test_every_option_of_int4_matters(options: dict[str, int], tmp_path: Path) -> None:
+    usual, other = (
+        exported(tiny("llama"), tmp_path / "a", "int4"),
+        exported(tiny("llama"), tmp_path / "b", "int4", **options),
+    )
+    graphs = [(done.path / "model.onnx").read_bytes() for done in (usual, other)]
+    assert graphs[0] != graphs[1]
+    assert read_export(other.path).options.model_dump().items() >= options.items()
+
+
+def test_exporting_leaves_no_trace_in_the_process(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("an export used the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    model = ragged(tiny("phi3"))  # its fused matrices are split by adding modules
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config, random, level = model.config.to_dict(), torch.get_rng_state(), logging.getLogger().level
+    exported(model, tmp_path / "x", "int4")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert before.keys() == model.state_dict().keys()
+    assert model.config.to_dict() == config
+    assert torch.equal(torch.get_rng_state(), random)
+    assert logging.getLogger().level == level
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_half_precision_model_is_checked_in_full_precision(tmp_path: Path) -> None:
+    model = in_dtype(tiny("gemma3_text"), torch.bfloat16)
+    done = exported(model, tmp_path / "x")
+    assert done.parity.max_abs_difference < 1e-4
+    assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("model_type", sorted(set(TINY) - set(BUILDABLE)))
+def test_what_the_builder_does_not_know_is_refused_with_the_reason(model_type: str, tmp_path: Path) -> None:
+    with pytest.raises(LayoutNotSupported, match=rf"{model_type} model.*knows only llama.*--to hf"):
+        exported(tiny(model_type), tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_computes_something_else_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = to_onnx.builder_config
+
+    def wrong(config: Any, layout: Any) -> Any:
+        config.rope_parameters["rope_theta"] *= 2
+        return right(config, layout)
+
+    monkeypatch.setattr(to_onnx, "builder_config", wrong)
+    with pytest.raises(ParityError, match="a logit is off by"):
+        exported(tiny("llama"), tmp_path / "deep" / "x")
+    assert not list((tmp_path / "deep").iterdir())
+
+
+def test_a_wrong_cache_shows_in_int4_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = OnnxSession.step
+
+    def late(self: OnnxSession, tokens: Any, kv: Any, lengths: Any) -> Any:
+        return right(self, tokens, kv, np.minimum(lengths + (lengths > 20), lengths.max() + 1).clip(max=38))
+
+    monkeypatch.setattr(OnnxSession, "step", late)
+    with pytest.raises(ParityError, match="decoding with a cache"):
+        exported(tiny("llama"), tmp_path / "x", "int4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep me")
+    with pytest.raises(ConfigError, match="not empty"):
+        exported(tiny("llama"), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.fixture(scope="module")
+def demo() -> Loaded:
+    """SmolLM2 with two attentions gone and 1058 of 1536 neurons, as 2SSP leaves it at 25 %."""
+    try:
+        source = sources.load("demo:smollm2")
+    except ConfigError as error:
+        pytest.skip(str(error))
+    keep_neurons(source.model, {i: torch.arange(1058) for i in range(30)})
+    drop_attention(source.model, (11, 23))
+    return source
+
+
+def real_tokens(source: Loaded, length: int) -> torch.Tensor:
+    return windows("builtin", source.tokenizer, length=length, count=1).tokens
+
+
+@pytest.mark.model
+def test_the_demo_model_cut_to_odd_widths_stays_small_in_int4(demo: Loaded, tmp_path: Path) -> None:
+    options = ExportOptions(dtype="int4")
+    cut = export(demo, tmp_path / "x", to="onnx", options=options, check_tokens=real_tokens(demo, 16))
+    dense_bytes_per_parameter = 86_511_797 / 134_515_008  # the builder's own create_model, on the dense model
+    assert cut.bytes / cut.parameters < 1.05 * dense_bytes_per_parameter
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_demo_model_stays_exact_in_fp32_on_512_real_tokens(demo: Loaded, tmp_path: Path) -> None:
+    parity = export(demo, tmp_path / "x", to="onnx", check_tokens=real_tokens(demo, 512)).parity
+    assert max(parity.max_abs_difference, parity.decode_max_abs_difference) < 1e-3
+    assert parity.argmax_agreement == parity.decode_argmax_agreement == 1.0
+
+
+def test_whole_forwards_fit_the_evaluation(tmp_path: Path) -> None:
+    model = tiny("qwen3")
+    session = OnnxSession(exported(model, tmp_path / "x").path)
+    torch.testing.assert_close(session.logits(TOKENS), logits_of(model)(TOKENS), atol=1e-4, rtol=0)

@@ -1,0 +1,116 @@
+"""What the documents show can be read by the code, and what the code can read is described."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+from pydantic import BaseModel
+
+from benchmarks.gate import GateFile, Limit, read_gate
+from benchmarks.record import Record
+from benchmarks.record import read as read_record
+from compress.artifact import Manifest, identity, read_manifest
+from deploy.cli import build_parser
+from deploy.recipe import Recipe, read_recipe
+from exporters.base import ExportRecord, read_export
+
+ROOT = Path(__file__).resolve().parents[1]
+FORMATS = (ROOT / "docs" / "formats.md").read_text("utf-8")
+README = (ROOT / "README.md").read_text("utf-8")
+SCHEMAS = {"recipe": Recipe, "gate": GateFile, "manifest": Manifest, "export": ExportRecord, "record": Record}
+
+
+def example(name: str) -> str:
+    """The block of code that follows the marker `<!-- example: NAME -->`."""
+    found = re.search(rf"<!-- example: {name} -->\n+```\w+\n(.*?)```", FORMATS, re.DOTALL)
+    assert found, f"docs/formats.md has no example of a {name}"
+    return found.group(1)
+
+
+def section(name: str) -> str:
+    """The text between `<!-- begin: NAME -->` and `<!-- end: NAME -->`."""
+    return FORMATS.split(f"<!-- begin: {name} -->")[1].split(f"<!-- end: {name} -->")[0]
+
+
+def keys_of(schema: object) -> set[str]:
+    """The keys that a schema and everything inside it allow."""
+    keys: set[str] = set()
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        for name, field in schema.model_fields.items():
+            keys |= {name} | keys_of(field.annotation)
+    elif isinstance(schema, type) and dataclasses.is_dataclass(schema):
+        hints = get_type_hints(schema)
+        for field in dataclasses.fields(schema):
+            keys |= {field.name} | keys_of(hints[field.name])
+    else:
+        for argument in get_args(schema):
+            keys |= keys_of(argument)
+    return keys
+
+
+def test_the_example_of_a_recipe_is_read(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(example("recipe"))
+    assert read_recipe(tmp_path / "recipe.yaml").is_ladder
+
+
+def test_the_example_of_a_gate_is_read(tmp_path: Path) -> None:
+    (tmp_path / "gate.yaml").write_text(example("gate"))
+    bounds = {limit.bound for limit in read_gate(tmp_path / "gate.yaml").limits}
+    assert bounds == set(Limit.model_fields) - {"metric"}
+
+
+def test_the_example_of_a_manifest_is_read_and_its_id_is_that_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(example("manifest"))
+    manifest = read_manifest(tmp_path)
+    assert manifest.id == identity({name: entry.sha256 for name, entry in manifest.files.items()})
+
+
+def test_the_example_of_an_export_is_read_and_belongs_to_the_manifest(tmp_path: Path) -> None:
+    (tmp_path / "export.json").write_text(example("export"))
+    assert read_export(tmp_path).artifact_id == json.loads(example("manifest"))["id"]
+
+
+def test_the_example_of_a_record_is_read_and_was_not_changed_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text(example("record"))
+    assert read_record(tmp_path / "record.json").artifacts["candidate"] == json.loads(example("manifest"))["id"]
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMAS))
+def test_every_key_of_a_format_is_described(name: str) -> None:
+    written = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`]+`", section(name).replace("```", "")))))
+    assert not sorted(keys_of(SCHEMAS[name]) - written)
+
+
+@pytest.mark.parametrize("name", ["manifest", "export", "record"])
+def test_an_example_shows_every_key_at_the_top(name: str) -> None:
+    assert set(json.loads(example(name))) == set(SCHEMAS[name].model_fields)
+
+
+def command_lines(text: str) -> list[str]:
+    """The calls of foldaway in blocks of code, without the words that stand two or more spaces behind them."""
+    calls: list[str] = re.findall(r"^ {4}(foldaway \S+(?: {1,14}\S+)*?)(?: {2,}[a-z].*)?$", text, re.MULTILINE)
+    return [call.replace("[", "").replace("]", "") for call in calls]
+
+
+@pytest.mark.parametrize("line", command_lines(README))
+def test_a_command_line_in_the_documents_is_one_that_the_program_takes(line: str) -> None:
+    assert hasattr(build_parser().parse_args(shlex.split(line)[1:]), "handler")
+
+
+def test_the_readme_shows_every_command() -> None:
+    shown = {shlex.split(line)[1] for line in command_lines(README)}
+    offered = re.search(r"commands:\n(.*?)\n\n", build_parser().format_help(), re.DOTALL)
+    assert offered
+    assert shown == set(re.findall(r"^ {4}(\w+)", offered.group(1), re.MULTILINE))
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text("utf-8")):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
