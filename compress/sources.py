@@ -100,6 +100,43 @@ def _check_hub_id(name: str) -> None:
         )
 
 
+def skeleton(name: str) -> PreTrainedModel:
+    """The model behind a name without its weights: on the meta device, so that only its shapes are there.
+
+    Raises:
+        ConfigError: there is no such model, or its weights are packed.
+        UnsupportedArchitecture: its parts are not known.
+    """
+    where, options, auto_class = _whereabouts(name)
+    config_class = FoldawayConfig if auto_class is FoldawayForCausalLM else AutoConfig
+    try:
+        config = config_class.from_pretrained(where, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name} cannot be read: {_first_line(error)}") from error
+    if "gguf_file" in options:
+        config.dtype = torch.float32  # what its weights are expanded to
+    else:
+        check_not_quantised(name, config)
+    architecture_of(config)
+    with torch.device("meta"):
+        model = auto_class._from_config(config) if auto_class is FoldawayForCausalLM else auto_class.from_config(config)
+    return _still(model)
+
+
+def _whereabouts(name: str) -> tuple[str, dict[str, Any], Any]:
+    """Where the config of a model lies, how to read it, and whose class builds from it."""
+    path = _demo_file(name) if name.startswith("demo:") else Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name, "local_files_only": True}, AutoModelForCausalLM
+    local = path.is_dir()
+    if local:
+        _check_folder(path)
+    else:
+        _check_hub_id(name)
+    where = str(path) if local else name
+    return where, {"local_files_only": local}, _classes(where, local)[1]
+
+
 def fingerprint(name: str) -> str:
     """A hash of the files behind a name, so that work done from them can be recognised; for a hub id, of its commit.
 

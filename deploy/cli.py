@@ -10,7 +10,10 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
+import textwrap
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,11 +80,14 @@ def _version() -> str:
     return importlib.metadata.version("foldaway")
 
 
-def _command(commands: Any, name: str, handler: Callable[[argparse.Namespace], int], what: str, example: str) -> Any:
+def _command(
+    commands: Any, name: str, handler: Callable[[argparse.Namespace], int], what: str, about: str, example: str
+) -> Any:
+    """One command: its line in the list, and a help page that says what happens and shows a call."""
     parser = commands.add_parser(
         name,
         help=what,
-        description=f"{what[0].upper()}{what[1:]}.",
+        description=f"{what[0].upper()}{what[1:]}.\n\n{textwrap.dedent(about).strip()}",
         epilog=f"Example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -98,39 +104,81 @@ def _add_compress(commands: Any) -> None:
         "compress",
         _compress,
         "make a model smaller with one method and keep the result as an artifact",
+        """
+        The model is read, scored on calibration text, cut, and saved to DIR as an artifact: a folder that
+        transformers can load, with a manifest that says how it was made. Methods:
+
+          2ssp      first the same share of every block's FFN neurons, then whole attentions (Sandri et al. 2025)
+            sparsity=S      share of the blocks' parameters to remove, for example 0.25 (needed)
+            alpha=1.5       balance: higher removes more attentions
+            neuron_norm=l2  how a neuron is scored: l2 or l1
+            divisor=N       FFN widths become multiples of N (64 or 128 suit most kernels)
+          shortgpt  the blocks that change their input least (Men et al. 2024)
+            sparsity=S      share of the blocks to remove, rounded up to whole blocks (needed)
+            tokens=last     where a block's influence is taken: last or all
+        """,
         "foldaway compress demo:smollm2 --method 2ssp --set sparsity=0.25 -o smol-25",
     )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--method", required=True, help="2ssp (FFN neurons, then attentions) or shortgpt (blocks)")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
+    parser.add_argument("--method", metavar="NAME", help="2ssp or shortgpt, see above")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="an option of the method; repeat for more. 2ssp: sparsity (share of the blocks' parameters to remove), "
-        "alpha=1.5, neuron_norm=l2|l1, divisor (widths become its multiples). shortgpt: sparsity, tokens=last|all",
+        help="an option of the method, see above; repeat for more",
     )
     parser.add_argument(
         "--calibration", default="builtin", metavar="SOURCE", help=f"{TEXT_HELP}, or self (the model's own samples)"
     )
-    parser.add_argument("--rows", type=int, default=24, help="calibration rows (default 24)")
-    parser.add_argument("--length", type=int, default=2048, help="tokens per row (default 2048)")
-    parser.add_argument("--seed", type=int, default=0, help="of shuffling or sampling the calibration text (default 0)")
+    parser.add_argument("--recipe", metavar="FILE", help="take MODEL, methods and calibration from a recipe instead")
+    parser.add_argument("--rows", type=int, default=24, metavar="N", help="calibration rows (default 24)")
+    parser.add_argument("--length", type=int, default=2048, metavar="TOKENS", help="tokens per row (default 2048)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of shuffling or sampling the calibration text (default 0)"
+    )
     _device(parser)
+    _dry_run(parser, "say what would come out and what it would cost; write nothing")
     _output(parser, "the artifact's folder; must not exist yet, or be empty")
 
 
 def _compress(arguments: argparse.Namespace) -> int:
     from compress.files import check_free
-    from compress.methods import method_config
-    from compress.sources import load
-    from deploy.recipe import CalibrationSpec
-    from deploy.steps import compress_model
+    from deploy.steps import compress_chain
 
+    model, steps, calibration = _what_to_compress(arguments)
+    if arguments.dry_run:
+        return _predict(model, steps, calibration)
+    out, device = Path(arguments.output), _checked_device(arguments.device)
+    check_free(out)
+    with _terminal() as terminal:
+        terminal.say(f"Loading {model}")
+        manifest = compress_chain(model, steps, calibration, out, device=device, progress=terminal.progress)
+        numbers = manifest.steps[-1].numbers
+        terminal.say(
+            f"{numbers['parameters_before']:,} -> {numbers['parameters_after']:,} parameters; removed are "
+            f"{numbers['sparsity_of_blocks']:.1%} of the blocks, {numbers['sparsity_of_model']:.1%} of the model"
+        )
+        terminal.say(f"Next: foldaway eval {out} --against {model}")
+    return _print({"artifact": manifest.id, "path": str(out), "layout": manifest.layout.kind, **numbers})
+
+
+def _what_to_compress(arguments: argparse.Namespace) -> tuple[str, list[tuple[str, dict[str, Any]]], Any]:
+    """Model, methods with their options, and calibration: from a recipe, or from the options."""
+    from compress.methods import method_config
+    from deploy.recipe import CalibrationSpec, read_recipe
+
+    if arguments.recipe is not None:
+        if arguments.model or arguments.method or arguments.set:
+            raise ConfigError("--recipe brings its own model and methods: leave out MODEL, --method and --set")
+        recipe = read_recipe(Path(arguments.recipe))
+        if recipe.is_ladder:
+            raise ConfigError(f"{arguments.recipe} lists several values to try: use foldaway run, or name one value")
+        return recipe.model, [(step.method, dict(step.set)) for step in recipe.steps], recipe.calibration
+    if not arguments.model or not arguments.method:
+        raise ConfigError("compress needs MODEL and --method, or --recipe; see foldaway compress --help")
     options = _assignments(arguments.set)
     method_config(arguments.method, options)
-    out = Path(arguments.output)
-    check_free(out)
     calibration = _checked(
         CalibrationSpec,
         source=arguments.calibration,
@@ -138,26 +186,21 @@ def _compress(arguments: argparse.Namespace) -> int:
         length=arguments.length,
         seed=arguments.seed,
     )
+    return arguments.model, [(arguments.method, options)], calibration
+
+
+def _predict(model: str, steps: list[tuple[str, dict[str, Any]]], calibration: Any) -> int:
+    import dataclasses
+
+    from deploy.predict import predict
+
     with _terminal() as terminal:
-        terminal.say(f"Loading {arguments.model}")
-        loaded = load(arguments.model)
-        manifest = compress_model(
-            loaded,
-            arguments.method,
-            options,
-            calibration,
-            out,
-            device=_checked_device(arguments.device),
-            progress=terminal.progress,
-            consume=True,
-        )
-        numbers = manifest.steps[-1].numbers
+        found = predict(model, steps, calibration)
         terminal.say(
-            f"{numbers['parameters_before']:,} -> {numbers['parameters_after']:,} parameters; removed are "
-            f"{numbers['sparsity_of_blocks']:.1%} of the blocks, {numbers['sparsity_of_model']:.1%} of the model"
+            f"{model} would become a {found.layout} model of {found.parameters:,} parameters, "
+            f"{found.bytes / 1e6:,.0f} MB; it would take about {found.memory_bytes / 1e9:.1f} GB of memory and {found.minutes:.1f} minutes here"
         )
-        terminal.say(f"Next: foldaway eval {out} --against {arguments.model}")
-    return _print({"artifact": manifest.id, "path": str(out), "layout": manifest.layout.kind, **numbers})
+    return _print({"model": model, **dataclasses.asdict(found)})
 
 
 # --- eval
@@ -169,6 +212,10 @@ def _add_eval(commands: Any) -> None:
         "eval",
         _eval,
         "measure perplexity, and divergence from a baseline, on held-out text",
+        """
+        Perplexity says how well the model predicts the text; lower is better. With --against, the divergence says
+        how far its predictions have moved from the baseline's. An ONNX export is scored through its graph.
+        """,
         "foldaway eval smol-25 --against demo:smollm2 --window 1024 --windows 8",
     )
     parser.add_argument("path", metavar="PATH", help=f"an ONNX export, {MODEL_HELP}")
@@ -213,17 +260,31 @@ def _add_export(commands: Any) -> None:
         "export",
         _export,
         "write another runtime's files, and check that they compute the same",
+        """
+        The export is compared with its source on real text, as a whole and token by token with a cache. If it does
+        not compute the same, nothing is written.
+        """,
         "foldaway export smol-25 --to onnx --dtype int4 -o smol-25-onnx",
     )
     parser.add_argument("path", metavar="PATH", help=MODEL_HELP)
-    parser.add_argument("--to", required=True, help="onnx (onnxruntime and what builds on it) or hf (transformers)")
-    parser.add_argument("--dtype", help="onnx: fp32 or int4. hf: fp32, fp16 or bf16 (default: the format's own choice)")
-    parser.add_argument("--block-size", type=int, default=32, help="int4: weights that share a scale (default 32)")
     parser.add_argument(
-        "--accuracy-level", type=int, default=4, help="int4: what activations are computed in, 4 = int8, 1 = fp32"
+        "--to", required=True, metavar="FORMAT", help="onnx (onnxruntime and what builds on it) or hf (transformers)"
+    )
+    parser.add_argument(
+        "--dtype", metavar="TYPE", help="onnx: fp32 or int4. hf: fp32, fp16 or bf16 (default: the format's own choice)"
+    )
+    parser.add_argument(
+        "--block-size", type=int, default=32, metavar="N", help="int4: weights that share a scale (default 32)"
+    )
+    parser.add_argument(
+        "--accuracy-level",
+        type=int,
+        default=4,
+        metavar="N",
+        help="int4: what activations are computed in, 4 = int8, 1 = fp32",
     )
     parser.add_argument("--text", default="builtin", metavar="SOURCE", help=f"to check on: {TEXT_HELP}")
-    parser.add_argument("--check-tokens", type=int, default=128, help="tokens to check on (default 128)")
+    parser.add_argument("--check-tokens", type=int, default=128, metavar="N", help="tokens to check on (default 128)")
     _output(parser, "the export's folder; must not exist yet, or be empty")
 
 
@@ -274,19 +335,31 @@ def _add_serve(commands: Any) -> None:
         "serve",
         _serve,
         "serve a model behind an OpenAI-compatible endpoint until Ctrl-C",
+        """
+        Routes: /v1/models, /v1/chat/completions, /v1/completions, /health. Use it with any OpenAI client:
+
+          OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+
+        Ctrl-C and SIGTERM let running answers finish.
+        """,
         "foldaway serve smol-25-onnx --port 8000",
     )
     parser.add_argument("path", metavar="PATH", help=f"an ONNX export, {MODEL_HELP}")
-    parser.add_argument("--backend", help="onnx or torch (default: onnx for an ONNX export, else torch)")
+    parser.add_argument(
+        "--backend", metavar="NAME", help="onnx or torch (default: onnx for an ONNX export, else torch)"
+    )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)"
     )
-    parser.add_argument("--port", type=int, default=8000, help="default 8000")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="default 8000")
     parser.add_argument(
         "--served-model-name", metavar="NAME", help="the model's name in the API (default: PATH's name)"
     )
     parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="prompt and answer together, at most")
     parser.add_argument("--api-key-file", metavar="FILE", help="require this bearer key (or FOLDAWAY_API_KEY)")
+    parser.add_argument(
+        "--until-stdin-closes", action="store_true", help="also stop when standard input ends: for a parent program"
+    )
     _device(parser)
 
 
@@ -294,6 +367,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     from serving import serve
 
     _terminal_quiet()
+    if arguments.until_stdin_closes:
+        threading.Thread(target=_stop_at_end_of_stdin, daemon=True).start()
     serve(
         arguments.path,
         backend=arguments.backend,
@@ -305,6 +380,11 @@ def _serve(arguments: argparse.Namespace) -> int:
         device=arguments.device,
     )
     return _print({"path": arguments.path, "stopped": True})
+
+
+def _stop_at_end_of_stdin() -> None:
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _api_key(file: str | None) -> str | None:
@@ -334,6 +414,11 @@ def _add_bench(commands: Any) -> None:
         "bench",
         _bench,
         "compare a candidate with its baseline: quality, speed, memory, size; judge it by a gate",
+        """
+        Both sides are measured in one run, taking turns: perplexity and divergence on held-out text, speed in this
+        process and through a server, memory, size. DIR gets record.json and report.html. With a gate, the exit code
+        is 0 when every limit holds and 3 when one does not, or when the measurements cannot tell.
+        """,
         "foldaway bench smol-25-onnx --baseline smol-onnx --gate gate.yaml -o runs/compare",
     )
     parser.add_argument("candidate", metavar="CANDIDATE", help=f"an ONNX export, {MODEL_HELP}")
@@ -375,10 +460,16 @@ def _add_run(commands: Any) -> None:
         "run",
         _run,
         "the whole way of a recipe: compress, export, serve, measure, judge, report",
+        """
+        A recipe names a model, the methods to apply, the text to judge on, and the limits to keep. Every stage leaves
+        its result in DIR; a stage whose inputs have not changed is skipped the next time. report.html in DIR is the
+        page to look at. To measure again, remove record-*.json from DIR.
+        """,
         "foldaway run deploy/recipes/demo.yaml -o runs/demo",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file; docs/formats.md describes it")
     _device(parser)
+    _dry_run(parser, "say what each value of the recipe would give and cost; write nothing")
     _output(parser, "the run's folder; run again with the same one to go on where it stopped")
 
 
@@ -388,6 +479,11 @@ def _run(arguments: argparse.Namespace) -> int:
     from deploy.recipe import read_recipe
 
     recipe = read_recipe(Path(arguments.recipe))
+    if arguments.dry_run:
+        chain = [(step.method, dict(step.set)) for step in recipe.steps[:-1]]
+        for options in recipe.steps[-1].variants():
+            _predict(recipe.model, [*chain, (recipe.steps[-1].method, options)], recipe.calibration)
+        return DONE
     with _terminal() as terminal:
         pipeline = Pipeline(
             recipe,
@@ -423,6 +519,9 @@ def _add_show(commands: Any) -> None:
         "show",
         _show,
         "say what an artifact, an export or a record is",
+        """
+        An artifact's files are checked against its manifest.
+        """,
         "foldaway show smol-25",
     )
     parser.add_argument("path", metavar="PATH", help="a folder or a record.json")
@@ -449,6 +548,10 @@ def _device(parser: Any) -> None:
     parser.add_argument("--device", default="cpu", help="where PyTorch computes: cpu or cuda (default cpu)")
 
 
+def _dry_run(parser: Any, what: str) -> None:
+    parser.add_argument("--dry-run", action="store_true", help=what)
+
+
 def _checked_device(name: str) -> str:
     import torch
 
@@ -463,8 +566,8 @@ def _checked_device(name: str) -> str:
 
 def _evaluation(parser: Any) -> None:
     parser.add_argument("--text", default="builtin", metavar="SOURCE", help=f"held-out text: {TEXT_HELP}")
-    parser.add_argument("--window", type=int, default=2048, help="tokens per window (default 2048)")
-    parser.add_argument("--windows", type=int, help="how many windows (default: all of the text)")
+    parser.add_argument("--window", type=int, default=2048, metavar="TOKENS", help="tokens per window (default 2048)")
+    parser.add_argument("--windows", type=int, metavar="N", help="how many windows (default: all of the text)")
 
 
 def _evaluation_spec(arguments: argparse.Namespace) -> Any:

@@ -105,10 +105,16 @@ def server(path: str, log: Path) -> Iterator[tuple[int, str]]:
     """
     port = _free_port()
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "deploy", "serve", path, "--port", str(port)]
+    command = [sys.executable, "-m", "deploy", "serve", path, "--port", str(port), "--until-stdin-closes"]
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=_environment(), start_new_session=True
+            # Our end of the pipe closes when this process ends, however it ends, and the server with it.
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            env=_environment(),
+            start_new_session=True,
         )
         try:
             _wait_until_ready(process, f"http://127.0.0.1:{port}/health", log)

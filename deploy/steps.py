@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from compress.artifact import Step
 from compress.calibration import TokenRows, draw, windows
 from compress.methods import METHODS, method_config
 from compress.result import Progress, Run
-from compress.sources import Loaded
+from compress.sources import Loaded, load
 from deploy.recipe import CalibrationSpec, EvaluationSpec
 
 
@@ -61,6 +63,39 @@ def compress_model(
     )
     smaller = compressed.model.to("cpu")  # type: ignore[arg-type]
     return artifact.save(smaller, loaded.tokenizer, path, origin=origin, steps=[*past, step], parent=parent)
+
+
+def compress_chain(
+    model: str,
+    steps: Sequence[tuple[str, dict[str, Any]]],
+    calibration: CalibrationSpec,
+    path: Path,
+    *,
+    device: str,
+    progress: Progress,
+) -> artifact.Manifest:
+    """Load a model, apply methods one after the other, and save what comes out of the last.
+
+    Args:
+        model: as for ``compress.sources.load``.
+        steps: method names and options.
+        calibration: of every step.
+        path: the artifact's folder.
+        device: where the forward passes run.
+        progress: told of each step.
+    """
+    loaded = load(model)
+    *before, (method, options) = steps
+    with tempfile.TemporaryDirectory() as scratch:
+        for place, (earlier, its_options) in enumerate(before):
+            between = Path(scratch) / str(place)
+            compress_model(
+                loaded, earlier, its_options, calibration, between, device=device, progress=progress, consume=True
+            )
+            loaded = load(str(between))
+        return compress_model(
+            loaded, method, options, calibration, path, device=device, progress=progress, consume=True
+        )
 
 
 def evaluation_windows(spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase, context_length: int) -> TokenRows:

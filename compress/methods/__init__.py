@@ -19,17 +19,23 @@ class Method:
     Attributes:
         config: the dataclass of what the method leaves to the user.
         compress: ``compress(model, calibration, config, run) -> CompressedModel``.
+        outline: ``outline(model, rows, config) -> passes``: cut a model, which may be on the meta device, to the shape
+            that ``compress`` would give it, choosing nothing; and say how many forward passes of one row
+            ``compress`` would take with so many calibration rows.
         paper: citation.
     """
 
     config: type[Any]
     compress: Callable[..., CompressedModel]
+    outline: Callable[..., float]
     paper: str
 
 
 METHODS: dict[str, Method] = {
-    "2ssp": Method(two_ssp.TwoSSPConfig, two_ssp.compress, "2SSP, Sandri et al. 2025"),
-    "shortgpt": Method(baselines.ShortGPTConfig, baselines.shortgpt, "ShortGPT, Men et al. 2024"),
+    "2ssp": Method(two_ssp.TwoSSPConfig, two_ssp.compress, two_ssp.outline, "2SSP, Sandri et al. 2025"),
+    "shortgpt": Method(
+        baselines.ShortGPTConfig, baselines.shortgpt, baselines.shortgpt_outline, "ShortGPT, Men et al. 2024"
+    ),
 }
 
 

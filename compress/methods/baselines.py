@@ -62,11 +62,7 @@ def shortgpt(
     """
     run = run or Run()
     dense = budget.count(model)
-    blocks = len(Decoder(model))
-    # The tolerance keeps 0.3 * 30 at 9 blocks, although the product is a hair above 9 in floating point.
-    goes = math.ceil(config.sparsity * blocks - 1e-9)
-    if goes >= blocks:
-        raise BudgetError(f"sparsity {config.sparsity} would remove all {blocks} blocks; lower the sparsity")
+    goes = _blocks_to_remove(model, config)
     pruned = model if run.consume else clone(model)
     influence = block_influence(pruned, calibration, config, run)
     removed = sorted(lowest_indices([math.inf, *influence[1:]], goes))
@@ -83,6 +79,23 @@ def shortgpt(
         "sparsity_of_model": budget.sparsity(dense, now)["model"],
     }
     return CompressedModel(pruned, Report("shortgpt", dataclasses.asdict(config), numbers))
+
+
+def shortgpt_outline(model: PreTrainedModel, rows: int, config: ShortGPTConfig) -> float:
+    """Cut ``model`` in place to the shape that `shortgpt` gives it; returns the forward passes `shortgpt` takes."""
+    goes = _blocks_to_remove(model, config)
+    if goes:
+        drop_blocks(model, range(1, goes + 1))
+    return rows
+
+
+def _blocks_to_remove(model: PreTrainedModel, config: ShortGPTConfig) -> int:
+    blocks = len(Decoder(model))
+    # The tolerance keeps 0.3 * 30 at 9 blocks, although the product is a hair above 9 in floating point.
+    goes = math.ceil(config.sparsity * blocks - 1e-9)
+    if goes >= blocks:
+        raise BudgetError(f"sparsity {config.sparsity} would remove all {blocks} blocks; lower the sparsity")
+    return goes
 
 
 def block_influence(model: PreTrainedModel, calibration: TokenRows, config: ShortGPTConfig, run: Run) -> list[float]:

@@ -82,8 +82,7 @@ def compress(
     run = run or Run()
     dense = budget.count(model)
     pruned = model if run.consume else clone(model)
-    widths = [block.ffn_out.inputs for block in Decoder(model)]
-    plan = balance(dense, widths, config) if config.sparsity > 0 else Plan(0, tuple(widths))
+    plan = plan_for(model, config)
     removals: list[Removal] = []
     forwards = naive = 0
     if config.sparsity > 0:
@@ -114,8 +113,33 @@ class Plan:
     widths: tuple[int, ...]
 
 
+def outline(model: PreTrainedModel, rows: int, config: TwoSSPConfig) -> float:
+    """Cut ``model`` in place to the shape that `compress` gives it; returns the forward passes `compress` takes.
+
+    A trial removal costs half a pass on average: it starts at its own block.
+    """
+    plan = plan_for(model, config)
+    if config.sparsity == 0:
+        return 0.0
+    attending = layout_of(model).attention_blocks
+    keep_neurons(model, {b: torch.arange(width, device=model.device) for b, width in enumerate(plan.widths)})
+    if plan.attentions:
+        drop_attention(model, attending[: plan.attentions])
+    return rows + (plan.attentions > 0) + sum(len(attending) - k for k in range(plan.attentions)) / 2
+
+
+def plan_for(model: PreTrainedModel, config: TwoSSPConfig) -> Plan:
+    """Split the budget between the stages, for the model as it is.
+
+    Raises:
+        BudgetError: the target cannot be reached.
+    """
+    widths = [block.ffn_out.inputs for block in Decoder(model)]
+    return balance(budget.count(model), widths, config) if config.sparsity > 0 else Plan(0, tuple(widths))
+
+
 def balance(dense: budget.Counts, widths: list[int], config: TwoSSPConfig) -> Plan:
-    """Split the budget between the stages.
+    """The closed form.
 
     N_attn = round(B * s^((f / a) / alpha)); the FFNs give up what is left of s * P_blk, the same share in every block.
     ``a`` and ``f`` are means over the blocks that have the part; in a dense model all blocks agree.

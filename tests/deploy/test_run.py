@@ -1,0 +1,184 @@
+"""`foldaway run` on a tiny model: the whole way, again, and killed at ten moments."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks import record as records
+from compress import artifact
+from compress.files import sha256_of
+from deploy.cli import main
+from deploy.workspace import Workspace, digest
+from exporters.base import is_export, read_export
+from tests.conftest import byte_tokenizer, tiny
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.xdist_group("run")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model folder."""
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    tiny("llama").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def recipe_file(folder: Path, dense: Path, *, max_ratio: float = 1000.0, sparsity: Any = (0.2, 0.4)) -> Path:
+    """A recipe that takes seconds."""
+    recipe = {
+        "name": "tiny",
+        "model": str(dense),
+        "calibration": {"rows": 2, "length": 48},
+        "steps": [{"method": "2ssp", "set": {"sparsity": list(sparsity)}}],
+        "evaluation": {"window": 48, "windows": 4},
+        "benchmark": {
+            "prompt_tokens": 8,
+            "decode_tokens": 8,
+            "repeats": 5,
+            "max_tokens": 8,
+            "prompts": ["a", "b", "c", "d", "e"],
+        },
+        "gate": {"limits": [{"metric": "perplexity", "max_ratio": max_ratio}]},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A recipe and the folder of its run, done once."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = recipe_file(folder, dense)
+    assert main(["run", str(recipe), "-o", str(folder / "run")]) == 0
+    return recipe, folder / "run"
+
+
+def test_a_run_leaves_artifacts_exports_a_record_and_a_report(finished: tuple[Path, Path]) -> None:
+    _, run = finished
+    assert len(list(run.glob("artifact-2ssp-*"))) == 2
+    assert {path.name.rsplit("-", 1)[0] for path in run.glob("export-*")} == {"export-dense", "export-candidate"}
+    record = records.read(run / "record.json")
+    assert record.verdict == "pass"
+    assert record.ladder is not None
+    assert [step.sparsity for step in record.ladder.steps] == [0.0, 0.2, 0.4]
+    assert [step.chosen for step in record.ladder.steps] == [False, False, True]
+    report = (run / "report.html").read_text()
+    assert record.artifacts["candidate"] in report
+
+
+def test_a_second_run_skips_everything_and_ends_with_the_same_line(
+    finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, run = finished
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    assert main(["run", str(recipe), "-o", str(run)]) == 0
+    captured = capsys.readouterr()
+    assert "Skipped" in captured.err
+    last = json.loads(captured.out.splitlines()[-1])
+    assert set(last) == {"verdict", "artifact", "report", "baseline", "candidate", "ratio", "gates"}
+    metrics = {
+        "parameters",
+        "size_bytes",
+        "perplexity",
+        "decode_tokens_per_second",
+        "ttft_seconds",
+        "peak_rss_bytes",
+    }
+    for side in ("baseline", "candidate", "ratio"):
+        assert set(last[side]) == metrics
+        assert all(value is not None for value in last[side].values())
+    assert last["ratio"]["parameters"] == last["candidate"]["parameters"] / last["baseline"]["parameters"]
+    assert last["gates"] == [
+        {"name": "perplexity.max_ratio", "limit": 1000.0, "value": last["ratio"]["perplexity"], "passed": True}
+    ]
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+
+
+def test_a_run_whose_mildest_step_misses_the_gate_fails_with_exit_code_3(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_file(tmp_path, dense, max_ratio=0.01, sparsity=(0.3, 0.5))
+    assert main(["run", str(recipe), "-o", str(tmp_path / "run")]) == 3
+    captured = capsys.readouterr()
+    assert json.loads(captured.out.splitlines()[-1])["verdict"] == "fail"
+    assert len(list((tmp_path / "run").glob("artifact-*"))) == 1, "it stops at the first that misses the gate"
+
+
+def test_other_inputs_make_another_stage(tmp_path: Path) -> None:
+    work = Workspace(tmp_path / "run")
+    assert work.result("stage", {"seed": 0}, lambda: {"made": 1}) == {"made": 1}
+    assert work.result("stage", {"seed": 0}, lambda: {"made": 2}) == {"made": 1}
+    assert work.result("stage", {"seed": 1}, lambda: {"made": 3}) == {"made": 3}
+    assert work.skipped == ["stage"]
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+
+
+def whole(run: Path) -> None:
+    """Everything that a run's folder shows is whole."""
+    for path in run.glob("artifact-*"):
+        artifact.verify(path)
+    for path in run.glob("export-*"):
+        assert is_export(path)
+        for name, entry in read_export(path).files.items():
+            assert sha256_of(path / name) == entry.sha256
+    for path in run.glob("*.json"):
+        json.loads(path.read_text())
+    if (run / "record.json").exists():
+        records.read(run / "record.json")
+
+
+def start(recipe: Path, run: Path) -> subprocess.Popen[str]:
+    """`foldaway run` in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "deploy", "run", str(recipe), "-o", str(run)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_ten_moments_never_leaves_a_half_thing_and_goes_on(dense: Path, tmp_path: Path) -> None:
+    recipe = recipe_file(tmp_path, dense)
+    began = time.monotonic()
+    process = start(recipe, tmp_path / "timed")
+    assert process.wait() == 0
+    duration = time.monotonic() - began
+    shutil.rmtree(tmp_path / "timed")
+
+    stages_seen = set()
+    for moment in range(1, 11):
+        run = tmp_path / f"run{moment}"
+        process = start(recipe, run)
+        time.sleep(duration * moment / 11)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"moment {moment} came too late"
+        whole(run)
+        stages_seen.add(frozenset(path.name for path in run.glob("*-*")))
+        if moment in (3, 6, 9):
+            process = start(recipe, run)
+            out, err = process.communicate()
+            assert process.returncode == 0, err
+            assert ("Skipped" in err) == bool(max(stages_seen, key=len))
+            whole(run)
+            assert json.loads(out.splitlines()[-1])["verdict"] == "pass"
+            assert not list(run.glob(".*partial*")), "what the killed process left behind is gone"
+    assert len(stages_seen) >= 4, "the kills hit different stages"
