@@ -198,7 +198,8 @@ def _predict(model: str, steps: list[tuple[str, dict[str, Any]]], calibration: A
         found = predict(model, steps, calibration)
         terminal.say(
             f"{model} would become a {found.layout} model of {found.parameters:,} parameters, "
-            f"{found.bytes / 1e6:,.0f} MB; it would take about {found.memory_bytes / 1e9:.1f} GB of memory and {found.minutes:.1f} minutes here"
+            f"{found.bytes / 1e6:,.0f} MB. That would take about {found.memory_bytes / 1e9:.1f} GB of memory "
+            f"and {found.minutes:.1f} minutes here"
         )
     return _print({"model": model, **dataclasses.asdict(found)})
 

@@ -271,7 +271,7 @@ def _bearer(api_key: str) -> Callable[[HttpRequest], Awaitable[None]]:
     expected = f"Bearer {api_key}".encode()
 
     async def check(http: HttpRequest) -> None:
-        given = http.headers.get("authorization", "").encode()
+        given = http.headers.get("authorization", "").encode("latin-1")  # the bytes as they came
         if not hmac.compare_digest(given, expected):
             raise ApiError(
                 401,

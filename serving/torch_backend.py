@@ -8,6 +8,7 @@ this backend is for models that have no export (yet), and for checking exports a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,8 +63,9 @@ class TorchBackend:
         """
         _device(device)  # before the model is read
         artifact_id = None
-        if is_export(path):
-            record = read_export(path)
+        folder = Path(path).expanduser()
+        if is_export(folder):
+            record = read_export(folder)
             if record.to == "onnx":
                 raise BackendError(
                     f"{path} is an ONNX export, which torch cannot run: leave the backend out, or give onnx"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, dynamic_module_utils
 
 from compress.artifact import OriginEntry, save
 from compress.errors import ConfigError, ParityError
@@ -62,6 +62,16 @@ def test_a_ragged_folder_loads_where_foldaway_is_not(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout.splitlines()[-1]) == logits_of(model)(TOKENS).argmax(-1).tolist()
+
+
+def test_checking_a_ragged_model_leaves_no_code_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(cache))
+    model = tiny("llama")
+    drop_attention(model, (1,))
+    export(Loaded(model, byte_tokenizer(), ORIGIN), tmp_path / "x", to="hf", check_tokens=TOKENS)
+    assert not cache.exists()
+    assert str(cache) == dynamic_module_utils.HF_MODULES_CACHE
 
 
 def test_the_export_of_an_artifact_names_it(tmp_path: Path) -> None:

@@ -131,13 +131,13 @@ def test_a_prompt_may_come_as_tokens_or_in_a_list_of_one(client: openai.OpenAI, 
     assert client.completions.create(model="fake", prompt=prompt, temperature=0, max_tokens=2).choices[0].text == "zz"
 
 
-@pytest.mark.parametrize("stop", ["y d", ["unseen", "day", "od day"]])
-def test_a_stop_text_ends_the_answer_and_is_not_in_it(client: openai.OpenAI, stop: Any) -> None:
+@pytest.mark.parametrize(("stop", "expected"), [("day", "good "), (["unseen", "day", "od d"], "go")])
+def test_a_stop_text_ends_the_answer_and_is_not_in_it(client: openai.OpenAI, stop: Any, expected: str) -> None:
     whole = chat(client, stop=stop).choices[0]
     streamed = list(chat(client, stop=stop, stream=True))
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
-    assert whole.message.content == text == ("good da" if stop == "y d" else "go")[: len(text)]
-    assert whole.finish_reason == streamed[-1].choices[0].finish_reason
+    assert whole.message.content == expected
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == expected
+    assert whole.finish_reason == streamed[-1].choices[0].finish_reason == "stop"
 
 
 def test_content_may_come_in_parts_and_from_a_developer(client: openai.OpenAI) -> None:
@@ -254,7 +254,7 @@ def test_fields_that_ask_for_nothing_are_accepted(client: openai.OpenAI) -> None
 def test_what_is_not_supported_is_refused_by_name(client: openai.OpenAI, field: str, value: Any) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         chat(client, extra_body={field: value})
-    assert caught.value.param == field
+    assert str(caught.value.param).removesuffix("[0]") == field
     assert caught.value.type == "invalid_request_error"
     assert field.split("_", maxsplit=1)[0] in caught.value.message or "prompt" in caught.value.message
 
@@ -341,10 +341,9 @@ def test_a_chat_template_that_refuses_is_the_clients_error() -> None:
 def test_the_key_is_asked_for_under_v1_only() -> None:
     with serving(FakeBackend(echo), api_key="s3cret") as (url, _):
         assert client_of(url, "s3cret").models.list().data[0].id == "fake"
-        for wrong in ("s3cre", "s3cret ", "é"):
-            headers = {"authorization": f"Bearer {wrong}".encode()}
-            response = httpx.get(f"{url}/v1/models", headers=headers, trust_env=False)
-            assert response.status_code == (200 if wrong.strip() == "s3cret" else 401)
+        for wrong in ("Bearer s3cre", "Bearer s3cret2", "Bearer é", "s3cret", "Basic s3cret"):
+            headers = {"authorization": wrong.encode()}
+            assert httpx.get(f"{url}/v1/models", headers=headers, trust_env=False).status_code == 401
         with pytest.raises(openai.AuthenticationError) as caught:
             chat(client_of(url, "wrong"))
         assert caught.value.code == "invalid_api_key"
@@ -393,9 +392,12 @@ def test_generation_stops_when_the_client_leaves(stream: bool) -> None:
     backend.gate.set()
     with serving(backend) as (url, scheduler):
         body = {"model": "fake", "prompt": "a", "stream": stream, "max_tokens": 90_000}
-        with httpx.Client(trust_env=False) as client, contextlib.suppress(httpx.ReadTimeout):
-            with client.stream("POST", f"{url}/v1/completions", json=body, timeout=1.0) as response:
-                next(response.iter_raw())
+        with (
+            httpx.Client(trust_env=False) as client,
+            contextlib.suppress(httpx.ReadTimeout),
+            client.stream("POST", f"{url}/v1/completions", json=body, timeout=1.0) as response,
+        ):
+            next(response.iter_raw())
         wait_until(lambda: scheduler.idle)
         assert len(backend.batches) < 80_000
 

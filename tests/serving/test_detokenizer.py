@@ -105,7 +105,9 @@ def watch(texts: list[str], stop: list[str]) -> tuple[str, bool]:
     ],
 )
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
-def test_a_stop_text_is_found_however_it_is_split(text: str, stop: list[str], shown: str, found: bool, size: int) -> None:
+def test_a_stop_text_is_found_however_it_is_split(
+    text: str, stop: list[str], shown: str, found: bool, size: int
+) -> None:
     texts = [text[start : start + size] for start in range(0, len(text), size)]
     assert watch(texts, stop) == (shown, found)
 

@@ -174,7 +174,13 @@ def test_what_does_not_fit_the_context_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("known", "limits"),
-    [(64, {"max_model_len": 65}), (64, {"max_model_len": 1}), (None, {}), (64, {"max_batch": 0}), (64, {"max_waiting": 0})],
+    [
+        (64, {"max_model_len": 65}),
+        (64, {"max_model_len": 1}),
+        (None, {}),
+        (64, {"max_batch": 0}),
+        (64, {"max_waiting": 0}),
+    ],
 )
 def test_limits_that_cannot_be_meant_are_refused(known: int | None, limits: dict[str, int]) -> None:
     with pytest.raises(ConfigError):
