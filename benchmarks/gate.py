@@ -18,13 +18,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from benchmarks.files import Strict, complaint
 from benchmarks.intervals import Interval
 from benchmarks.measures import Intervals, Measures, Metric, ratios
-from compress.errors import ConfigError
+from compress.schema import Strict, read_yaml
 
 Bound = Literal["max_ratio", "min_ratio", "max", "min"]
 BOUNDS: tuple[Bound, ...] = ("max_ratio", "min_ratio", "max", "min")
@@ -110,16 +108,7 @@ def read_gate(path: Path) -> GateFile:
     Raises:
         ConfigError: no such file, no YAML, an unknown key or metric, no limit, or not exactly one bound in a limit.
     """
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the gate file {path}: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the gate file {path} is not YAML: {' '.join(str(error).split())}") from error
-    try:
-        return GateFile.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(f"gate file {path}: {complaint(error)}") from error
+    return read_yaml(path, GateFile, "gate file")
 
 
 def judge(

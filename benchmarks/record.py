@@ -15,13 +15,13 @@ from typing import Any, Final, Literal
 
 from pydantic import JsonValue, ValidationError
 
-from benchmarks.files import Strict, complaint
 from benchmarks.gate import GateLine, Outcome
 from benchmarks.intervals import Interval
 from benchmarks.machine import Machine
 from benchmarks.measures import Intervals, Measures, Metric, PairedRuns, Quality
 from compress.errors import ConfigError
 from compress.files import write_file
+from compress.schema import Strict, complaint
 
 FORMAT: Final = "foldaway-record"
 VERSION: Final = 1

@@ -1,10 +1,10 @@
 """Save and load one artifact: a folder that holds a compressed model and says how it came to be.
 
-manifest.json        what it is: origin, layout, steps, parameters, the hash of every other file
-config.json          stock for a plain layout; ``model_type: "foldaway"`` for a ragged one
-*.safetensors        every distinct tensor once
-foldaway_model.py    only for a ragged layout: the code that builds it
-tokenizer files, generation_config.json, README.md
+* ``manifest.json``: what it is: origin, layout, steps, parameters, the hash of every other file;
+* ``config.json``: stock for a plain layout, ``model_type: "foldaway"`` for a ragged one;
+* ``*.safetensors``: every distinct tensor once;
+* ``foldaway_model.py``: only for a ragged layout, the code that builds it;
+* tokenizer files, ``generation_config.json``, ``README.md``.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress import budget, remote_code
-from compress.errors import ArtifactError, CorruptArtifact, ManifestVersionError
+from compress.errors import ArtifactError, CorruptArtifact
 from compress.files import new_folder, sha256_of
 from compress.layout import layout_of
+from compress.schema import FileEntry, Strict, list_files, read_versioned
 from compress.sources import Loaded, Origin, load_tokenizer, load_weights
 
 VERSION = 1
@@ -33,18 +33,7 @@ SHARD_SIZE = "500MB"
 """Small shards: serialising one takes a copy of it."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileEntry(_Strict):
-    """One file of the artifact."""
-
-    sha256: str
-    bytes: int
-
-
-class OriginEntry(_Strict):
+class OriginEntry(Strict):
     """The model that the first step was applied to."""
 
     name: str
@@ -53,7 +42,7 @@ class OriginEntry(_Strict):
     quantised_from: str | None = None
 
 
-class Step(_Strict):
+class Step(Strict):
     """One method that was applied: its options, the calibration rows it saw, and its report."""
 
     method: str
@@ -62,14 +51,14 @@ class Step(_Strict):
     numbers: dict[str, Any]
 
 
-class LayoutEntry(_Strict):
+class LayoutEntry(Strict):
     """The shape of the model, in the vocabulary of ``block_configs``."""
 
     kind: Literal["plain", "ragged"]
     blocks: list[dict[str, Any]]
 
 
-class Manifest(_Strict):
+class Manifest(Strict):
     """What ``manifest.json`` says. Unknown keys are refused.
 
     ``id`` is the first 16 hex digits of the SHA-256 over the sorted lines ``name sha256`` of all other files.
@@ -134,11 +123,7 @@ def _describe(
     model: PreTrainedModel, folder: Path, origin: OriginEntry, steps: Sequence[Step], parent: str | None
 ) -> Manifest:
     layout, counts = layout_of(model), budget.count(model)
-    files = {
-        file.relative_to(folder).as_posix(): FileEntry(sha256=sha256_of(file), bytes=file.stat().st_size)
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
+    files = list_files(folder)
     return Manifest(
         id=identity({name: entry.sha256 for name, entry in files.items()}),
         origin=origin,
@@ -178,19 +163,7 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     if not file.is_file():
         raise ArtifactError(f"{path} is not an artifact: it has no {MANIFEST}")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CorruptArtifact(f"{file} is not JSON: {error}") from error
-    found = raw.get("version") if isinstance(raw, dict) else None
-    if isinstance(found, int) and found > VERSION:
-        raise ManifestVersionError(f"{file} has version {found}, this foldaway reads up to {VERSION}; upgrade foldaway")
-    try:
-        return Manifest.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CorruptArtifact(f"{file} does not follow the manifest's schema at {where}: {first['msg']}") from error
+    return read_versioned(file, Manifest, VERSION)
 
 
 def verify(path: Path) -> Manifest:

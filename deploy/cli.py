@@ -580,7 +580,7 @@ def _evaluation_spec(arguments: argparse.Namespace) -> Any:
 def _checked(schema: Any, **values: Any) -> Any:
     from pydantic import ValidationError
 
-    from benchmarks.files import complaint
+    from compress.schema import complaint
 
     try:
         return schema(**values)

@@ -15,13 +15,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import Field, JsonValue, ValidationError, model_validator
+from pydantic import Field, JsonValue, model_validator
 
-from benchmarks.files import Strict, complaint
 from benchmarks.gate import GateFile
-from compress.errors import ConfigError
 from compress.methods import method_config
+from compress.schema import Strict, read_yaml
 
 PROMPTS = (
     "Explain to a ten-year-old why the sky is blue.",
@@ -124,13 +122,4 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         ConfigError: no such file, no YAML, an unknown key, method or option, or a value that cannot be meant.
     """
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from error
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(f"recipe {path}: {complaint(error)}") from error
+    return read_yaml(path, Recipe, "recipe")

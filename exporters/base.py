@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress import budget
-from compress.errors import ArtifactError, ConfigError, CorruptArtifact, ManifestVersionError
-from compress.files import sha256_of
+from compress.errors import ArtifactError, ConfigError
 from compress.layout import layout_of
 from compress.result import Progress
+from compress.schema import FileEntry, Strict, list_files, read_versioned
 from compress.sources import Loaded
 from exporters.parity import Parity
 
@@ -83,11 +81,7 @@ Exporter = Callable[[Loaded, Path, ExportOptions, Tensor, Progress], Exported]
 """``exporter(loaded, path, options, check_tokens (B, T), progress)``: write ``path``, check it, describe it."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SourceEntry(_Strict):
+class SourceEntry(Strict):
     """The model that was exported."""
 
     name: str
@@ -96,7 +90,7 @@ class SourceEntry(_Strict):
     quantised_from: str | None
 
 
-class OptionsEntry(_Strict):
+class OptionsEntry(Strict):
     """`ExportOptions`, with the dtype that was chosen."""
 
     dtype: str
@@ -104,7 +98,7 @@ class OptionsEntry(_Strict):
     accuracy_level: int
 
 
-class ParityEntry(_Strict):
+class ParityEntry(Strict):
     """`Parity`, on disk."""
 
     max_abs_difference: float
@@ -118,14 +112,7 @@ class ParityEntry(_Strict):
     min_argmax_agreement: float
 
 
-class FileEntry(_Strict):
-    """One file of an export."""
-
-    sha256: str
-    bytes: int
-
-
-class ExportRecord(_Strict):
+class ExportRecord(Strict):
     """export.json: what an export folder holds, and how it was checked. Unknown keys are refused.
 
     ``blocks`` describes every block of the source, those without attention too, which no runtime's config can say.
@@ -162,19 +149,7 @@ def read_export(path: Path | str) -> ExportRecord:
     file = Path(path) / EXPORT_FILE
     if not file.is_file():
         raise ArtifactError(f"{path} is not an export: it has no {EXPORT_FILE}; make one with `foldaway export`")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CorruptArtifact(f"{file} is not JSON: {error}") from error
-    found = raw.get("version") if isinstance(raw, dict) else None
-    if isinstance(found, int) and found > VERSION:
-        raise ManifestVersionError(f"{file} has version {found}, this foldaway reads up to {VERSION}; upgrade foldaway")
-    try:
-        return ExportRecord.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CorruptArtifact(f"{file} does not follow the schema of exports at {where}: {first['msg']}") from error
+    return read_versioned(file, ExportRecord, VERSION)
 
 
 def choose_dtype(to: str, options: ExportOptions, possible: tuple[str, ...], default: str) -> str:
@@ -200,11 +175,7 @@ def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 def seal(folder: Path, loaded: Loaded, to: str, dtype: str, options: ExportOptions, parity: Parity) -> ExportRecord:
     """Write export.json about the files that lie in `folder`."""
-    files = {
-        file.relative_to(folder).as_posix(): FileEntry(sha256=sha256_of(file), bytes=file.stat().st_size)
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
+    files = list_files(folder)
     origin = loaded.origin
     record = ExportRecord(
         to=to,

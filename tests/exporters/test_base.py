@@ -84,7 +84,7 @@ def test_a_record_of_another_shape_is_refused(
 
 def test_a_record_that_is_not_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "export.json").write_text("{")
-    with pytest.raises(CorruptArtifact, match="not JSON"):
+    with pytest.raises(CorruptArtifact, match="cannot be read as JSON"):
         read_export(tmp_path)
 
 
