@@ -151,9 +151,8 @@ def test_two_servers_are_asked_the_same_in_turn_and_timed_from_the_first_content
     ]
     assert {tuple(options) for _, _, options in asked} == {(4, 0)}
     assert min(found.ttft.baseline) >= 0.03  # the chunk that names the role came before
-    assert max(found.decode.baseline) <= 100
-    assert max(found.decode.candidate) <= 50
-    assert all(whole > first for whole, first in zip(found.e2e.baseline, found.ttft.baseline, strict=True))
+    for rate, first, whole in zip(found.decode.baseline, found.ttft.baseline, found.e2e.baseline, strict=True):
+        assert rate == pytest.approx(3 / (whole - first))  # four tokens, the first one not counted
     assert found.skipped == 0
 
 
