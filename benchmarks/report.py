@@ -256,8 +256,8 @@ def _variants(record: Record) -> Html:
         tag(
             "p",
             f"The weights of {origin.name} were dequantised from {origin.quantised_from}: they had been rounded to a "
-            "few bits before. Rounding them again to int4 loses little, which flatters int4 here; weights as trained "
-            "would lose more.",
+            "few bits before. This flatters int4: part of what rounding costs was lost before this comparison began, and "
+            "weights as trained would show a larger loss.",
             class_="aside",
         )
         if origin.quantised_from

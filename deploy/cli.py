@@ -367,7 +367,8 @@ def _add_serve(commands: Any) -> None:
 def _serve(arguments: argparse.Namespace) -> int:
     from serving import serve
 
-    _terminal_quiet()
+    terminal = _terminal()
+    terminal.say(f"Loading {arguments.path}")
     if arguments.until_stdin_closes:
         threading.Thread(target=_stop_at_end_of_stdin, daemon=True).start()
     serve(
@@ -378,7 +379,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         served_model_name=arguments.served_model_name,
         max_model_len=arguments.max_model_len,
         api_key=_api_key(arguments.api_key_file),
-        device=arguments.device,
+        device=_checked_device(arguments.device),
+        ready=lambda url: terminal.say(f"Serving at {url}/v1 until Ctrl-C"),
     )
     return _print({"path": arguments.path, "stopped": True})
 
@@ -606,12 +608,6 @@ def _terminal() -> Terminal:
     from deploy.terminal import Terminal
 
     return Terminal()
-
-
-def _terminal_quiet() -> None:
-    from deploy.terminal import quieten_libraries
-
-    quieten_libraries()
 
 
 def _print(result: dict[str, Any]) -> int:
