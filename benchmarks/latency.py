@@ -108,7 +108,9 @@ def served_pair(
     extra_body: Mapping[str, object] | None = None,
     progress: Progress = no_progress,
 ) -> ServedPair:
-    """Send two running OpenAI endpoints the same chat prompts, streaming, at temperature 0, taking turns.
+    """Send two running OpenAI endpoints the same prompts, streaming, at temperature 0, taking turns.
+
+    Prompts go as chat where both models have a chat template, else as text to complete.
 
     Args:
         baseline_url: with the version, for example ``http://127.0.0.1:8001/v1``. Proxy settings of the environment are
@@ -133,6 +135,8 @@ def served_pair(
         _Endpoint(url, max_tokens, api_key, timeout_seconds, dict(extra_body or {}))
         for url in (baseline_url, candidate_url)
     )
+    if not (baseline.can_chat() and candidate.can_chat()):
+        baseline.chat = candidate.chat = False  # base models have no chat template; both sides are asked alike
     rounds = _taking_turns(
         baseline.ask, candidate.ask, asked, lambda done, total: progress("asking both servers", done, total)
     )[warmup:]
@@ -199,7 +203,7 @@ class _Answer:
 
     @property
     def is_timed(self) -> bool:
-        return self.completion_tokens > 1 and self.last_seconds > self.first_seconds
+        return self.completion_tokens > 1 and 0 < self.first_seconds < self.last_seconds
 
     @property
     def tokens_per_second(self) -> float:
@@ -207,11 +211,16 @@ class _Answer:
 
 
 class _Endpoint:
-    """One server and the model it offers first."""
+    """One server and the model it offers first.
+
+    Attributes:
+        chat: ask for chat completions, or else for plain ones.
+    """
 
     def __init__(
         self, url: str, max_tokens: int, api_key: str, timeout_seconds: float, extra_body: dict[str, object]
     ) -> None:
+        self.chat = True
         self._openai = require("openai", "serve")
         self._url = url
         self._client = self._openai.OpenAI(
@@ -223,7 +232,20 @@ class _Endpoint:
         )
         self._max_tokens = max_tokens
         self._extra_body = extra_body
-        self._model = self._checked(lambda: self._client.models.list().data[0].id)
+        models = self._checked(lambda: self._client.models.list().data)
+        if not models:
+            raise BackendError(f"{url} offers no model")
+        self._model = models[0].id
+
+    def can_chat(self) -> bool:
+        """Whether the model has a chat template; asked with a first prompt, which is not timed."""
+        try:
+            self.ask("Hi")
+        except BackendError as error:
+            if isinstance(error.__cause__, self._openai.BadRequestError):
+                return False
+            raise
+        return True
 
     def ask(self, prompt: str) -> _Answer:
         """One streamed answer, timed."""
@@ -233,26 +255,40 @@ class _Endpoint:
         first = last = 0.0
         completion_tokens = 0
         start = perf_counter()
-        stream = self._client.chat.completions.create(
-            model=self._model,
-            messages=[{"role": "user", "content": prompt}],
-            max_tokens=self._max_tokens,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-            extra_body=self._extra_body,
-        )
-        for chunk in stream:
-            if chunk.choices and chunk.choices[0].delta.content:
+        for chunk in self._stream(prompt):
+            if chunk.choices and (text := self._text(chunk.choices[0])) is not None:
                 last = perf_counter() - start
-                first = first or last
+                first = first or (last if text else 0.0)
             if chunk.usage is not None:
                 completion_tokens = chunk.usage.completion_tokens
         return _Answer(first, last, completion_tokens)
 
+    def _stream(self, prompt: str) -> Any:
+        options: dict[str, Any] = {
+            "model": self._model,
+            "max_tokens": self._max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "extra_body": self._extra_body,
+        }
+        if self.chat:
+            return self._client.chat.completions.create(messages=[{"role": "user", "content": prompt}], **options)
+        return self._client.completions.create(prompt=prompt, **options)
+
+    def _text(self, choice: Any) -> str | None:
+        """The text of a chunk; empty for the one that ends an answer; None for one that says nothing of it."""
+        text: str | None = choice.delta.content if self.chat else choice.text
+        return text or ("" if choice.finish_reason else None)
+
     def _checked(self, call: Callable[[], Result]) -> Result:
         try:
             return call()
-        except self._openai.OpenAIError as error:
-            what = str(error).splitlines()[0]
-            raise BackendError(f"{self._url} did not answer: {what}; is `foldaway serve` running there?") from error
+        except Exception as error:  # in the middle of a stream the errors are those of openai's transport
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> BackendError:
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, self._openai.APIConnectionError):
+            return BackendError(f"{self._url} did not answer: {what}; is `foldaway serve` running there?")
+        return BackendError(f"{self._url} did not do what was asked: {what}")

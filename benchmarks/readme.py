@@ -33,7 +33,10 @@ def tables(record: Record, source: str) -> str:
     """What a record says, as Markdown: the ladder, both sides, the verdict, and where it was measured."""
     lines = []
     if record.ladder is not None:
-        lines += ["| removed from the blocks | parameters | perplexity (fp32) | against dense |", "|---|---|---|---|"]
+        lines += [
+            f"| removed from the blocks | parameters | perplexity ({record.ladder.measured}) | against dense |",
+            "|---|---|---|---|",
+        ]
         for step in record.ladder.steps:
             chosen = " (chosen)" if step.chosen else ""
             error = "" if step.perplexity_standard_error is None else f" ± {number(step.perplexity_standard_error)}"

@@ -25,10 +25,11 @@ from compress.errors import ArtifactError, CorruptArtifact
 from compress.files import new_folder, sha256_of
 from compress.layout import layout_of
 from compress.schema import FileEntry, Strict, list_files, read_versioned
-from compress.sources import Loaded, Origin, load_tokenizer, load_weights
+from compress.sources import MANIFEST, Loaded, Origin, load_tokenizer, load_weights
 
 VERSION = 1
-MANIFEST = "manifest.json"
+READ_SUFFIXES = (".safetensors", ".json", ".jinja", ".py", ".model", ".txt")
+"""Of files that a loader may look for beside those that were saved."""
 SHARD_SIZE = "500MB"
 """Small shards: serialising one takes a copy of it."""
 
@@ -183,6 +184,9 @@ def verify(path: Path) -> Manifest:
             raise CorruptArtifact(f"{file} has {file.stat().st_size} bytes, the manifest says {entry.bytes}")
         if sha256_of(file) != entry.sha256:
             raise CorruptArtifact(f"{file} was changed: its SHA-256 is not the manifest's")
+    stray = [file.name for file in path.iterdir() if file.suffix in READ_SUFFIXES and file.name not in manifest.files]
+    if set(stray) - {MANIFEST}:
+        raise CorruptArtifact(f"{path}: {min(set(stray) - {MANIFEST})} is not in the manifest; remove it")
     if identity({name: entry.sha256 for name, entry in manifest.files.items()}) != manifest.id:
         raise CorruptArtifact(f"{path}: the id in the manifest does not belong to its files")
     return manifest
@@ -200,8 +204,9 @@ def load(path: Path, *, dtype: torch.dtype | None = None) -> Loaded:
     """
     manifest = verify(path)
     auto_class = AutoModelForCausalLM if manifest.layout.kind == "plain" else remote_code.FoldawayForCausalLM
-    model = load_weights(auto_class, str(path), dtype=dtype, local_files_only=True)
-    tokenizer = load_tokenizer(str(path), model, local_files_only=True)
+    options = {"trust_remote_code": False, "local_files_only": True}
+    model = load_weights(auto_class, str(path), dtype=dtype, **options)
+    tokenizer = load_tokenizer(str(path), model, **options)
     origin = Origin(
         str(path), "artifact", manifest.origin.licence, manifest.origin.quantised_from, artifact_id=manifest.id
     )

@@ -53,6 +53,7 @@ class Projection:
 
     def keep_outputs(self, index: torch.Tensor) -> None:
         """Keep the outputs at ``index`` (K,), in each fused matrix; the bias follows."""
+        index = index.to(self._weight.device)
         rows = torch.cat([index + part * self.outputs for part in range(self.fused)])
         self._replace("weight", self._weight.index_select(self._output_dim, rows))
         bias = getattr(self.module, "bias", None)
@@ -62,7 +63,7 @@ class Projection:
 
     def keep_inputs(self, index: torch.Tensor) -> None:
         """Keep the inputs at ``index`` (K,); the bias stays."""
-        self._replace("weight", self._weight.index_select(1 - self._output_dim, index))
+        self._replace("weight", self._weight.index_select(1 - self._output_dim, index.to(self._weight.device)))
         self._tell_shape()
 
     def _replace(self, name: str, value: torch.Tensor) -> None:

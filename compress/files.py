@@ -51,6 +51,9 @@ def check_free(path: Path) -> None:
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} is not empty; name a folder that does not exist yet, or remove it")
+    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: {nearest} is not a folder that may be written to")
 
 
 def write_file(path: Path, text: str) -> None:

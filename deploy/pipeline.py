@@ -23,15 +23,18 @@ from benchmarks.record import Ladder, Model, Record, Variant
 from compress import artifact, budget
 from compress.calibration import TokenRows, context_length_of
 from compress.evaluate import Perplexity, logits_of, perplexity
+from compress.files import check_free
 from compress.result import Progress
-from compress.sources import Loaded, fingerprint, load
+from compress.sources import Loaded, fingerprint, load, skeleton
+from compress.text import text_hash
 from deploy.comparison import Measured, measure
 from deploy.recipe import BenchmarkSpec, EvaluationSpec, Recipe
-from deploy.sides import Side, open_side
+from deploy.sides import Side, check_comparable, form_of, open_side
 from deploy.steps import compress_model, evaluation_windows
 from deploy.workspace import Workspace
 from exporters import export
-from exporters.base import ExportOptions
+from exporters.base import installed_versions
+from exporters.to_onnx import check_layout
 
 CHECK_TOKENS = 128
 """Tokens that every export is checked on, whole and one by one."""
@@ -57,16 +60,21 @@ class Pipeline:
         self.device = device
         self.progress = progress
         self.say = say
-        self.work = Workspace(root)
         self.model_hash = fingerprint(recipe.model)
+        check_layout(skeleton(recipe.model))  # better now than after the compression
+        self.text_hashes = {
+            "calibration": text_hash(recipe.calibration.source, "calibration"),
+            "evaluation": text_hash(recipe.evaluation.source, "evaluation"),
+        }
+        self.work = Workspace(root)  # last: a mistake leaves nothing behind
         self.candidate_path = root
         self._loaded: Loaded | None = None
 
-    def run(self, recipe_name: str) -> Record:
+    def run(self, command: str) -> Record:
         """Do what is left to do, and return the record.
 
         Args:
-            recipe_name: how the recipe was named on the command line, for the report.
+            command: the call that repeats this run, for the report.
         """
         self.say(f"The dense model: {self.recipe.model}")
         dense = self._perplexity("evaluate-dense", self.model_hash, self.recipe.model)
@@ -74,7 +82,7 @@ class Pipeline:
         chosen = next((rung for rung in reversed(rungs) if rung.passed), rungs[0])
         baseline = self._export("export-dense", self.model_hash, self.recipe.model)
         self.candidate_path = self._export("export-candidate", chosen.manifest.id, str(chosen.path))
-        return self._judge(recipe_name, dense, rungs, chosen, baseline)
+        return self._judge(command, dense, rungs, chosen, baseline)
 
     # --- Compression
 
@@ -100,14 +108,15 @@ class Pipeline:
     def _compress(self, stage: str, parent: str, parent_hash: str, method: str, options: dict[str, Any]) -> Path:
         calibration = self.recipe.calibration
         inputs = {**_common(), "parent": parent_hash, "method": method, "options": options}
-        inputs["calibration"] = calibration.model_dump()
+        inputs["calibration"] = {**calibration.model_dump(), "text": self.text_hashes["calibration"]}
 
         def make(path: Path) -> None:
             # The dense model serves every rung; a model in between is loaded for this step alone.
             consume = parent != self.recipe.model
             loaded = load(parent) if consume else self._dense()
+            steps = [(method, options)]
             compress_model(
-                loaded, method, options, calibration, path, device=self.device, progress=self.progress, consume=consume
+                loaded, steps, calibration, path, device=self.device, progress=self.progress, consume=consume
             )
 
         return self.work.folder(stage, inputs, make)
@@ -120,7 +129,10 @@ class Pipeline:
         limits = self._quality_limits()
         passed: bool | None = True
         if limits:
-            intervals = Intervals(ratio={"perplexity": interval} if interval else {})
+            own = exponential_of_mean(found.window_nll, "Student's t on window losses")
+            intervals = Intervals(
+                ratio={"perplexity": interval} if interval else {}, candidate={"perplexity": own} if own else {}
+            )
             verdict = judge(limits, Measures(perplexity=dense.value), Measures(perplexity=found.value), intervals)
             passed = {"pass": True, "fail": False, "undecided": None}[verdict.verdict]
         return _Rung(options, path, manifest, found, interval, passed)
@@ -132,7 +144,7 @@ class Pipeline:
 
     def _perplexity(self, stage: str, model_hash: str, name: str) -> Perplexity:
         """Perplexity of a PyTorch model on the evaluation windows."""
-        inputs = {**_common(), "model": model_hash, "evaluation": self.recipe.evaluation.model_dump()}
+        inputs = {**_common(), "model": model_hash, "evaluation": self._evaluation_inputs()}
 
         def compute() -> dict[str, Any]:
             loaded = self._dense() if name == self.recipe.model else load(name)
@@ -141,6 +153,9 @@ class Pipeline:
 
         found = self.work.result(stage, inputs, compute)
         return Perplexity(**{**found, "window_nll": tuple(found["window_nll"])})
+
+    def _evaluation_inputs(self) -> dict[str, Any]:
+        return {**self.recipe.evaluation.model_dump(), "text": self.text_hashes["evaluation"]}
 
     def _windows(self, loaded: Loaded) -> TokenRows:
         return evaluation_windows(self.recipe.evaluation, loaded.tokenizer, context_length_of(loaded.model))
@@ -153,9 +168,8 @@ class Pipeline:
             self.say(f"Exporting {name} to {spec.dtype} ONNX")
             loaded = self._dense() if name == self.recipe.model else load(name)
             loaded.model.to("cpu")  # type: ignore[arg-type]
-            options = ExportOptions(dtype=spec.dtype, block_size=spec.block_size, accuracy_level=spec.accuracy_level)
             tokens = self._windows(loaded).tokens[:1, :CHECK_TOKENS]
-            export(loaded, path, to=spec.to, options=options, check_tokens=tokens, progress=self.progress)
+            export(loaded, path, to=spec.to, options=spec.options(), check_tokens=tokens, progress=self.progress)
 
         return self.work.folder(stage, inputs, make)
 
@@ -167,10 +181,11 @@ class Pipeline:
 
     # --- Judgement
 
-    def _judge(self, recipe_name: str, dense: Perplexity, rungs: list[_Rung], chosen: _Rung, baseline: Path) -> Record:
+    def _judge(self, command: str, dense: Perplexity, rungs: list[_Rung], chosen: _Rung, baseline: Path) -> Record:
         path = self.work.root / "record.json"
         inputs = {
             **_common(),
+            "texts": self.text_hashes,
             "recipe": self.recipe.model_dump(mode="json"),
             "exports": [baseline.name, self.candidate_path.name],
             "rungs": [rung.manifest.id for rung in rungs],
@@ -178,7 +193,7 @@ class Pipeline:
 
         def compute() -> dict[str, Any]:
             self.say("Measuring both sides: quality, speed, memory")
-            sealed = self._measure(recipe_name, dense, rungs, chosen, baseline)
+            sealed = records.write(self._measure(command, dense, rungs, chosen, baseline), path)
             dumped: dict[str, Any] = json.loads(sealed.model_dump_json())
             return dumped
 
@@ -192,15 +207,13 @@ class Pipeline:
         """Where the report of this run lies."""
         return self.work.root / "report.html"
 
-    def _measure(
-        self, recipe_name: str, dense: Perplexity, rungs: list[_Rung], chosen: _Rung, baseline: Path
-    ) -> Record:
+    def _measure(self, command: str, dense: Perplexity, rungs: list[_Rung], chosen: _Rung, baseline: Path) -> Record:
         loaded = self._dense()
         rows = self._windows(loaded)
         ours, theirs = open_side(str(baseline)), open_side(str(self.candidate_path))
         loaded.model.to("cpu")  # type: ignore[arg-type]
         against_dense = quality(logits_of(loaded.model), ours.logits, rows, self.progress)
-        dense_parameters = budget.count(loaded.model)
+        dense_parameters, form = budget.count(loaded.model), form_of(loaded.model)
         dense_bytes = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
         self._loaded = None
         measured = measure(ours, theirs, rows, self.recipe.benchmark, self.work.root / "logs", self.progress)
@@ -213,7 +226,7 @@ class Pipeline:
         if chosen.passed is False:
             # Even the mildest missed the quality limits in fp32: no export of it can stand.
             verdict = Verdict("fail", verdict.gates)
-        fp32 = Measures(dense_parameters.total, dense_bytes, dense.value)
+        as_stored = Measures(dense_parameters.total, dense_bytes, dense.value)
         return Record(
             kind="run",
             created=_now(),
@@ -227,27 +240,29 @@ class Pipeline:
             intervals=measured.comparison.intervals,
             verdict=verdict.verdict,
             gates=verdict.gates,
-            ladder=self._ladder(dense, dense_parameters, rungs, chosen),
+            ladder=self._ladder(dense, dense_parameters, rungs, chosen, form),
             variants=(
-                Variant("dense, fp32 PyTorch", "baseline", "torch", "fp32", fp32, dense.standard_error),
+                Variant(
+                    f"dense, {form}", "baseline", "torch", form.split()[0], as_stored, _finite(dense.standard_error)
+                ),
                 *_exported_variants(measured, self.recipe.export.dtype),
             ),
-            quality=self._qualities(against_dense, measured),
+            quality=self._qualities(against_dense, measured, form),
             runs=_all_runs(measured),
             recipe=self.recipe.model_dump(mode="json"),
             texts={"calibration": dict(chosen.manifest.steps[-1].calibration or {}), "evaluation": rows.record()},
-            commands=(f"foldaway run {recipe_name} -o {self.work.root.name}",),
+            commands=(command,),
             machine=machine(),
         )
 
-    def _qualities(self, against_dense: Quality, measured: Measured) -> dict[str, Quality]:
+    def _qualities(self, against_dense: Quality, measured: Measured, form: str) -> dict[str, Quality]:
         dtype = self.recipe.export.dtype
         return {
-            f"dense {dtype} against dense fp32": against_dense,
+            f"dense {dtype} against dense {form.split()[0]}": against_dense,
             f"candidate {dtype} against dense {dtype}": measured.quality,
         }
 
-    def _ladder(self, dense: Perplexity, counts: budget.Counts, rungs: list[_Rung], chosen: _Rung) -> Ladder:
+    def _ladder(self, dense: Perplexity, counts: budget.Counts, rungs: list[_Rung], chosen: _Rung, form: str) -> Ladder:
         ratios = [limit.max_ratio for limit in self._quality_limits() if limit.max_ratio is not None]
         first = records.Step(
             sparsity=0.0,
@@ -260,7 +275,7 @@ class Pipeline:
             perplexity_ratio=1.0,
         )
         steps = [_ladder_step(rung, dense, rung is chosen) for rung in rungs]
-        return Ladder("fp32, PyTorch", min(ratios, default=None), (first, *steps))
+        return Ladder(form, min(ratios, default=None), (first, *steps))
 
 
 def _ladder_step(rung: _Rung, dense: Perplexity, chosen: bool) -> records.Step:
@@ -313,10 +328,11 @@ def bench(
     Returns:
         The record and the path of the report.
     """
-    work = Workspace(out)
+    check_free(out)
     ours, theirs = open_side(baseline), open_side(candidate)
+    check_comparable(ours, theirs)
     rows = evaluation_windows(evaluation, ours.tokenizer, min(ours.context_length, theirs.context_length))
-    measured = measure(ours, theirs, rows, spec, work.root / "logs", progress)
+    measured = measure(ours, theirs, rows, spec, out / "logs", progress)
     both = measured.comparison
     verdict = judge(limits, both.baseline, both.candidate, both.intervals) if limits else None
     sealed = records.write(
@@ -342,15 +358,15 @@ def bench(
             commands=(command,),
             machine=machine(),
         ),
-        work.root / "record.json",
+        out / "record.json",
     )
-    report.write(sealed, work.root / "report.html")
-    return sealed, work.root / "report.html"
+    report.write(sealed, out / "report.html")
+    return sealed, out / "report.html"
 
 
 def _common() -> dict[str, Any]:
     """What every stage depends on."""
-    return {"foldaway": artifact.versions()["foldaway"]}
+    return {"versions": installed_versions()}
 
 
 def _model(side: Side) -> Model:

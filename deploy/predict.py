@@ -15,6 +15,9 @@ from compress.layout import layout_of
 from compress.methods import METHODS, method_config
 from compress.sources import skeleton
 from deploy.recipe import CalibrationSpec
+from exporters import exporter_named
+from exporters.base import ExportOptions
+from exporters.to_onnx import check_layout
 
 LIBRARIES_BYTES = 500_000_000
 """Resident memory of Python with its libraries, before a model is there."""
@@ -61,6 +64,28 @@ def predict(model: str, steps: Sequence[tuple[str, dict[str, Any]]], calibration
     parameters = budget.count(shape).total
     minutes = operations / _operations_per_second(shape.dtype) / 60
     return Prediction(parameters, parameters * item_size, memory, minutes, layout_of(shape).kind)
+
+
+BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0}
+
+
+def predict_export(model: str, to: str, options: ExportOptions) -> tuple[int, int]:
+    """Parameters of an export, and about how many bytes its weights take.
+
+    Raises:
+        LayoutNotSupported: the format has no words for the model.
+        ConfigError: a name or an option cannot be meant.
+    """
+    exporter_named(to)
+    shape = skeleton(model)
+    if to == "onnx":
+        check_layout(shape)
+    parameters = budget.count(shape).total
+    default = "fp32" if to == "onnx" else str(shape.dtype).removeprefix("torch.").replace("float", "fp")
+    dtype = options.dtype or default
+    # int4 stores a scale of 32 bits for each block of weights.
+    bits = 4 + 32 / options.block_size if dtype == "int4" else BITS[dtype]
+    return parameters, int(parameters * bits / 8)
 
 
 def _memory(shape: PreTrainedModel, length: int) -> int:

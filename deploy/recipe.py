@@ -1,5 +1,6 @@
 """recipe.yaml: what to compress, how, and what it must still be able to do. Unknown keys are refused.
 
+    name: demo
     model: demo:smollm2
     steps:
       - {method: 2ssp, set: {sparsity: [0.125, 0.25, 0.375]}}
@@ -20,6 +21,7 @@ from pydantic import Field, JsonValue, model_validator
 from benchmarks.gate import GateFile
 from compress.methods import method_config
 from compress.schema import Strict, read_yaml
+from exporters.base import ExportOptions
 
 PROMPTS = (
     "Explain to a ten-year-old why the sky is blue.",
@@ -75,13 +77,22 @@ class ExportSpec(Strict):
     block_size: int = 32
     accuracy_level: int = 4
 
+    def options(self) -> ExportOptions:
+        """As the exporters take them."""
+        return ExportOptions(self.dtype, self.block_size, self.accuracy_level)
+
+    @model_validator(mode="after")
+    def _values_exist(self) -> ExportSpec:
+        self.options()
+        return self
+
 
 class BenchmarkSpec(Strict):
     """How both sides are timed, taking turns."""
 
     prompt_tokens: int = Field(default=128, ge=1)
     decode_tokens: int = Field(default=64, ge=1)
-    repeats: int = Field(default=7, ge=5)
+    repeats: int = Field(default=9, ge=5)
     prompts: tuple[str, ...] = Field(default=PROMPTS, min_length=5)
     max_tokens: int = Field(default=64, ge=2)
 
@@ -106,8 +117,13 @@ class Recipe(Strict):
                 raise ValueError(f"step {place}: only one option, of the last step, may be a list ({', '.join(lists)})")
             if lists and not step.set[lists[0]]:
                 raise ValueError(f"step {place}: {lists[0]} is an empty list")
+            shares = []
             for options in step.variants():
-                method_config(step.method, options)
+                shares.append(getattr(method_config(step.method, options), "sparsity", 0.0))
+            if shares != sorted(shares):
+                raise ValueError(
+                    f"step {place}: list sparsities from mild to strong: the first that misses the gate ends"
+                )
         return self
 
     @property

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress import budget
 from compress.calibration import context_length_of
+from compress.errors import ConfigError
 from compress.evaluate import Logits, logits_of
 from compress.sources import Origin, load
-from exporters.base import is_export, read_export
+from exporters.base import ExportRecord, is_export, read_export
 from exporters.onnx_session import OnnxSession, load_tokenizer
 
 
@@ -43,39 +44,43 @@ class Side:
 
 
 def open_side(path: str) -> Side:
-    """Open an ONNX export, an artifact or a model."""
-    if is_export(path):
-        record = read_export(path)
+    """Open an export, an artifact or a model."""
+    record = read_export(path) if is_export(path) else None
+    if record is not None and record.to == "onnx":
         session = OnnxSession(path)
-        source = record.source
-        origin = Origin(source.name, source.kind, source.licence, source.quantised_from, record.artifact_id)
         form = f"{record.options.dtype} ONNX"
-        tokenizer = load_tokenizer(path)
-        return Side(
-            path,
-            origin,
-            session.logits,
-            record.parameters,
-            record.bytes,
-            session,
-            form,
-            tokenizer,
-            session.context_length,
-        )
+        tokenizer, context = load_tokenizer(path), session.context_length
+        origin, size = _origin(record), record.bytes
+        return Side(path, origin, session.logits, record.parameters, size, session, form, tokenizer, context)
     loaded = load(path)
     tensors = {id(p): p.numel() * p.element_size() for p in loaded.model.parameters()}
     weights = list(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
     size = sum(file.stat().st_size for file in weights) or sum(tensors.values())
-    form = f"{str(loaded.model.dtype).removeprefix('torch.').replace('float', 'fp')} PyTorch"
-    parameters = budget.count(loaded.model).total
-    return Side(
-        path,
-        loaded.origin,
-        logits_of(loaded.model),
-        parameters,
-        size,
-        None,
-        form,
-        loaded.tokenizer,
-        context_length_of(loaded.model),
-    )
+    form = form_of(loaded.model)
+    origin = _origin(record) if record is not None else loaded.origin
+    parameters, context = budget.count(loaded.model).total, context_length_of(loaded.model)
+    return Side(path, origin, logits_of(loaded.model), parameters, size, None, form, loaded.tokenizer, context)
+
+
+def form_of(model: PreTrainedModel) -> str:
+    """For example "fp32 PyTorch", or "bf16 PyTorch"."""
+    dtype = str(model.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+    return f"{dtype} PyTorch"
+
+
+def _origin(record: ExportRecord) -> Origin:
+    source = record.source
+    return Origin(source.name, source.kind, source.licence, source.quantised_from, record.artifact_id)
+
+
+def check_comparable(baseline: Side, candidate: Side) -> None:
+    """Refuse sides whose tokens mean different things.
+
+    Raises:
+        ConfigError: their vocabularies differ.
+    """
+    if baseline.tokenizer.get_vocab() != candidate.tokenizer.get_vocab():
+        raise ConfigError(
+            f"{candidate.path} and {baseline.path} have different tokenizers, so their perplexities cannot be "
+            "compared; give two models of one family"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,13 @@ from compress.artifact import Step
 from compress.calibration import TokenRows, draw, windows
 from compress.methods import METHODS, method_config
 from compress.result import Progress, Run
-from compress.sources import Loaded, load
+from compress.sources import Loaded
 from deploy.recipe import CalibrationSpec, EvaluationSpec
 
 
 def compress_model(
     loaded: Loaded,
-    method: str,
-    options: dict[str, Any],
+    steps: Sequence[tuple[str, dict[str, Any]]],
     calibration: CalibrationSpec,
     path: Path,
     *,
@@ -29,73 +27,44 @@ def compress_model(
     progress: Progress,
     consume: bool,
 ) -> artifact.Manifest:
-    """Apply one method to a model and save the artifact.
+    """Apply methods to a model, one after the other, and save the artifact.
 
     Args:
         loaded: the model; cut in place when ``consume``.
-        method: name in METHODS.
-        options: of the method.
-        calibration: where its rows come from.
+        steps: method names and options.
+        calibration: where the rows of every step come from.
         path: the artifact's folder.
         device: where the forward passes run.
         progress: told of each step.
         consume: the model given is not needed any more.
     """
-    config = method_config(method, options)
-    rows = draw(
-        calibration.source,
-        loaded.tokenizer,
-        rows=calibration.rows,
-        length=calibration.length,
-        seed=calibration.seed,
-        model=loaded.model,
-        progress=progress,
-    )
-    origin, past, parent = artifact.ancestry(loaded)
-    loaded.model.to(device)  # type: ignore[arg-type]
-    run = Run(progress=progress, device=device, consume=consume)
-    compressed = METHODS[method].compress(loaded.model, rows, config, run)
-    step = Step(
-        method=method,
-        config=dict(compressed.report.config),
-        calibration=rows.record(),
-        numbers=dict(compressed.report.numbers),
-    )
-    smaller = compressed.model.to("cpu")  # type: ignore[arg-type]
-    return artifact.save(smaller, loaded.tokenizer, path, origin=origin, steps=[*past, step], parent=parent)
-
-
-def compress_chain(
-    model: str,
-    steps: Sequence[tuple[str, dict[str, Any]]],
-    calibration: CalibrationSpec,
-    path: Path,
-    *,
-    device: str,
-    progress: Progress,
-) -> artifact.Manifest:
-    """Load a model, apply methods one after the other, and save what comes out of the last.
-
-    Args:
-        model: as for ``compress.sources.load``.
-        steps: method names and options.
-        calibration: of every step.
-        path: the artifact's folder.
-        device: where the forward passes run.
-        progress: told of each step.
-    """
-    loaded = load(model)
-    *before, (method, options) = steps
-    with tempfile.TemporaryDirectory() as scratch:
-        for place, (earlier, its_options) in enumerate(before):
-            between = Path(scratch) / str(place)
-            compress_model(
-                loaded, earlier, its_options, calibration, between, device=device, progress=progress, consume=True
-            )
-            loaded = load(str(between))
-        return compress_model(
-            loaded, method, options, calibration, path, device=device, progress=progress, consume=True
+    origin, taken, parent = artifact.ancestry(loaded)
+    model = loaded.model
+    for place, (method, options) in enumerate(steps):
+        config = method_config(method, options)
+        model.to(device)  # type: ignore[arg-type]
+        rows = draw(
+            calibration.source,
+            loaded.tokenizer,
+            rows=calibration.rows,
+            length=calibration.length,
+            seed=calibration.seed,
+            model=model,
+            progress=progress,
         )
+        run = Run(progress=progress, device=device, consume=consume or place > 0)
+        compressed = METHODS[method].compress(model, rows, config, run)
+        model, report = compressed.model, compressed.report
+        taken.append(
+            Step(
+                method=method,
+                config=dict(report.config),
+                calibration=rows.record(),
+                numbers=dict(report.numbers),
+            )
+        )
+    model.to("cpu")  # type: ignore[arg-type]
+    return artifact.save(model, loaded.tokenizer, path, origin=origin, steps=taken, parent=parent)
 
 
 def evaluation_windows(spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase, context_length: int) -> TokenRows:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -42,6 +44,16 @@ class Terminal:
     def say(self, text: str) -> None:
         """One line of words; markup is not interpreted."""
         self.console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Say what is being done, and show that it goes on, where nobody can tell how long it takes."""
+        self.say(what)
+        task = self._bars.add_task("", total=None)
+        try:
+            yield
+        finally:
+            self._bars.remove_task(task)
 
     @property
     def progress(self) -> Progress:

@@ -190,7 +190,7 @@ def seal(folder: Path, loaded: Loaded, to: str, dtype: str, options: ExportOptio
         parameters=budget.count(loaded.model).total,
         bytes=sum(entry.bytes for name, entry in files.items() if name.endswith(WEIGHT_SUFFIXES)),
         files=files,
-        versions=_versions(),
+        versions=installed_versions(),
     )
     (folder / EXPORT_FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return record
@@ -209,7 +209,7 @@ def exported(path: Path, record: ExportRecord) -> Exported:
     )
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     """Versions of the packages that shape an export, of those that are installed."""
     found = {}
     for package in PACKAGES:

@@ -181,7 +181,9 @@ class OnnxSession:
 
 def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer in an export folder, read from its files alone."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        str(path), trust_remote_code=False, local_files_only=True
+    )
     return tokenizer
 
 

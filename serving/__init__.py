@@ -19,16 +19,13 @@ BACKENDS: dict[str, type[OnnxBackend] | type[TorchBackend]] = {"onnx": OnnxBacke
 __all__ = ["BACKENDS", "open_backend", "serve"]
 
 
-def open_backend(
-    path: str | Path, backend: str | None = None, *, device: str = "cpu", trust_remote_code: bool = False
-) -> Backend:
+def open_backend(path: str | Path, backend: str | None = None, *, device: str = "cpu") -> Backend:
     """Load what is to be served.
 
     Args:
         path: an ONNX export folder, or anything that ``compress.sources.load`` takes.
         backend: key in BACKENDS; None takes onnx for an ONNX folder and torch for the rest.
         device: "cpu", or for torch "cuda" or "cuda:N".
-        trust_remote_code: let a folder or a hub id bring its own Python code.
 
     Raises:
         ConfigError: no such backend, model or device.
@@ -37,7 +34,7 @@ def open_backend(
     name = backend or _guess(path)
     if name not in BACKENDS:
         raise ConfigError(f"backend {name!r} is not known; known are {', '.join(BACKENDS)}")
-    return BACKENDS[name].open(str(path), device=device, trust_remote_code=trust_remote_code)
+    return BACKENDS[name].open(str(path), device=device)
 
 
 def serve(
@@ -51,13 +48,12 @@ def serve(
     max_batch: int = 8,
     api_key: str | None = None,
     device: str = "cpu",
-    trust_remote_code: bool = False,
     ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serve a model until SIGINT or SIGTERM; what was accepted by then is finished first.
 
     Args:
-        path: as for `open_backend`, like `backend`, `device` and `trust_remote_code`.
+        path: as for `open_backend`, like `backend` and `device`.
         backend: key in BACKENDS, or None to choose by what `path` is.
         host: the address to listen on; the default is reachable from this machine only.
         port: 0 takes a free one.
@@ -66,7 +62,6 @@ def serve(
         max_batch: the most answers that are generated at the same time.
         api_key: bearer key to ask for; None asks for none.
         device: where torch runs.
-        trust_remote_code: let a folder or a hub id bring its own Python code.
         ready: told the base URL, once requests are answered.
 
     Raises:
@@ -80,7 +75,7 @@ def serve(
 
     sock = bind(host, port)  # before the model is loaded: a port in use should not cost a minute
     try:
-        opened = open_backend(path, backend, device=device, trust_remote_code=trust_remote_code)
+        opened = open_backend(path, backend, device=device)
         if served_model_name is not None:
             opened.model_id = served_model_name
         decode = plain_decode(opened.tokenizer)

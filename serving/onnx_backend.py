@@ -36,13 +36,12 @@ class OnnxBackend:
         self._cache = BatchCache(session.context_length)
 
     @classmethod
-    def open(cls, path: str, *, device: str = "cpu", trust_remote_code: bool = False) -> OnnxBackend:
+    def open(cls, path: str, *, device: str = "cpu") -> OnnxBackend:
         """Load an export folder.
 
         Args:
             path: of the folder.
             device: "cpu", the only one that the exports are made for.
-            trust_remote_code: not needed; an export folder has no code that is run.
 
         Raises:
             BackendError: no graph there, or it cannot be loaded.

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compress.errors import BackendError, ConfigError
+from compress.device import device_named
+from compress.errors import BackendError
 from compress.sources import load
 from exporters.base import is_export, read_export
 from serving.backend import end_tokens_of, model_id_of
@@ -49,19 +50,19 @@ class TorchBackend:
         self.vocab_size = int(config.vocab_size)
         self.tokenizer = tokenizer
         self.end_tokens = end_tokens_of(tokenizer, config.eos_token_id, generation and generation.eos_token_id)
-        self._device = _device(device)
+        self._device = device_named(device)
         self._model: Any = model.to(self._device)  # type: ignore[arg-type]
         self._caches: list[Any] = []
 
     @classmethod
-    def open(cls, path: str, *, device: str = "cpu", trust_remote_code: bool = False) -> TorchBackend:
+    def open(cls, path: str, *, device: str = "cpu") -> TorchBackend:
         """Load anything that ``compress.sources.load`` takes.
 
         Raises:
             ConfigError: no such model or device.
             BackendError: a folder that only holds another runtime's files.
         """
-        _device(device)  # before the model is read
+        device_named(device)  # before the model is read
         artifact_id = None
         folder = Path(path).expanduser()
         if is_export(folder):
@@ -71,7 +72,7 @@ class TorchBackend:
                     f"{path} is an ONNX export, which torch cannot run: leave the backend out, or give onnx"
                 )
             artifact_id = record.artifact_id
-        loaded = load(path, trust_remote_code=trust_remote_code)
+        loaded = load(path)
         return cls(
             loaded.model,
             loaded.tokenizer,
@@ -106,13 +107,3 @@ class TorchBackend:
             ids = torch.tensor([tokens], dtype=torch.long, device=self._device)
             out = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             return out.logits[0, -1].float().cpu().numpy(), out.past_key_values
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is not known: give cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
-        raise ConfigError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; give cpu")
-    return device

@@ -40,7 +40,7 @@ class TwoSSPConfig:
     """What 2SSP leaves to the user.
 
     Attributes:
-        sparsity: share of the blocks' parameters to remove, in (0, 1); embeddings, final norm and head do not count.
+        sparsity: share of the blocks' parameters to remove, in [0, 1); embeddings, final norm and head do not count.
         alpha: balance of the stages; higher removes more attentions. The paper's value is 1.5.
         neuron_norm: norm over tokens that scores a neuron, "l2" (the paper's) or "l1" (its ablation).
         divisor: FFN widths become multiples of it, and the number of attentions makes up the difference.
@@ -58,7 +58,7 @@ class TwoSSPConfig:
             raise ConfigError(f"alpha={self.alpha} is not positive; the paper uses 1.5")
         if self.neuron_norm not in ("l1", "l2"):
             raise ConfigError(f"neuron_norm={self.neuron_norm!r} is not known; give 'l2' or 'l1'")
-        if self.divisor is not None and (self.divisor < 1 or self.divisor != int(self.divisor)):
+        if self.divisor is not None and (type(self.divisor) is not int or self.divisor < 1):
             raise ConfigError(f"divisor={self.divisor} is not a positive whole number; 64 or 128 suit most kernels")
 
 
@@ -161,7 +161,12 @@ def balance(dense: budget.Counts, widths: list[int], config: TwoSSPConfig) -> Pl
     kept = _widths(target - attentions * a, f, blocks, widths, config)
     if config.divisor is not None:
         freed = sum(f * (1 - keep / width) for keep, width in zip(kept, widths, strict=True))
-        attentions = min(max(round((target - freed) / a), 0), len(attending) - 1)
+        attentions = round((target - freed) / a)
+        if not 0 <= attentions < len(attending):
+            raise BudgetError(
+                f"sparsity {config.sparsity} cannot be reached with FFN widths in multiples of {config.divisor}: "
+                "give a smaller divisor or another sparsity"
+            )
     return Plan(attentions, kept)
 
 

@@ -208,7 +208,7 @@ def test_a_ragged_folder_that_lost_its_manifest_is_still_read_as_ragged(
     result = compressed("2ssp", architecture)
     save(result, tmp_path / "a")
     (tmp_path / "a" / artifact.MANIFEST).unlink()
-    loaded = load(str(tmp_path / "a"), trust_remote_code=True).model
+    loaded = load(str(tmp_path / "a")).model
     assert layout_of(loaded) == layout_of(result.model)
     assert torch.equal(logits(loaded), logits(result.model))
 

@@ -1,0 +1,24 @@
+"""Where PyTorch computes, as a user names it."""
+
+from __future__ import annotations
+
+import torch
+
+from compress.errors import ConfigError
+
+
+def device_named(name: str) -> torch.device:
+    """Look a device up: ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        ConfigError: it is of another kind, or this machine has none such.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is not known: give cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported: give cpu, cuda or cuda:N")
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise ConfigError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; give cpu")
+    return device
