@@ -230,3 +230,109 @@ def test_a_recipe_that_cannot_be_meant_is_refused(
     recipe.write_text(text)
     refuse(["run", str(recipe), "-o", str(tmp_path / "out")], capsys, word)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_code_that_a_model_brings_is_never_run(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(dense, model)
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = json.loads((model / "config.json").read_text())
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.T", None]}
+    (model / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
+    assert main(["compress", str(model), *COMPRESS, "-o", str(tmp_path / "made")]) == 0
+    assert main(["compress", str(model), *COMPRESS, "--dry-run"]) == 0
+    assert main(["export", str(model), "--to", "hf", "--check-tokens", "16", "-o", str(tmp_path / "hf")]) == 0
+    assert main(["eval", str(tmp_path / "hf"), "--window", "32", "--windows", "1"]) == 0
+    assert not (tmp_path / "ran").exists()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["standard_error"] is None
+
+
+def test_a_file_that_the_manifest_does_not_name_is_refused(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compress", str(dense), *COMPRESS, "-o", str(tmp_path / "made")]) == 0
+    capsys.readouterr()
+    (tmp_path / "made" / "adapter_config.json").write_text("{}")
+    refuse(["show", str(tmp_path / "made")], capsys, "adapter_config.json")
+
+
+def test_sides_with_different_tokenizers_are_refused(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(dense, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refuse(["eval", str(other), "--against", str(dense), "--window", "32"], capsys, "tokenizers")
+    out = str(tmp_path / "out")
+    refuse(["bench", str(other), "--baseline", str(dense), "--window", "32", "-o", out], capsys, "tokenizers")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_a_model_that_is_not_there_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "name: x\nmodel: gone/without/trace\nsteps: [{method: 2ssp, set: {sparsity: 0.1}}]\n"
+        "gate: {limits: [{metric: perplexity, max_ratio: 2}]}"
+    )
+    refuse(["run", str(recipe), "-o", str(tmp_path / "out")], capsys, "there is no model")
+    refuse(["bench", "gone/a/b", "--baseline", "gone/c/d", "-o", str(tmp_path / "out")], capsys, "there is no model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_below_a_file_is_refused_before_the_work(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "out")
+    refuse(["compress", str(dense), *COMPRESS, "-o", out], capsys, "cannot be written")
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(
+    device: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["compress", str(dense), *COMPRESS, "--device", device, "-o", str(tmp_path / "out")]
+    refuse(argv, capsys, device)
+
+
+def test_a_recipe_leaves_no_room_for_other_options(
+    tmp_path: Path, dense: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"name: x\nmodel: {dense}\ncalibration: {{rows: 2, length: 32}}\n"
+        "steps: [{method: shortgpt, set: {sparsity: 0.2}}, {method: 2ssp, set: {sparsity: 0.2}}]\n"
+        "gate: {limits: [{metric: perplexity, max_ratio: 2}]}"
+    )
+    refuse(["compress", "--recipe", str(recipe), "--rows", "3", "-o", str(tmp_path / "out")], capsys, "--recipe")
+    assert main(["compress", "--recipe", str(recipe), "-o", str(tmp_path / "out")]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main(["compress", "--recipe", str(recipe), "--dry-run"]) == 0
+    predicted = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (predicted["parameters"], predicted["layout"]) == (last["parameters_after"], last["layout"])
+
+
+def test_an_export_is_predicted_without_being_written(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(dense), "--to", "onnx", "--dtype", "fp32", "--dry-run"]) == 0
+    predicted = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main(["export", str(dense), "--to", "onnx", "--dtype", "fp32", "--check-tokens", "8", "-o", str(out)]) == 0
+    made = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert predicted["parameters"] == made["parameters"]
+    assert predicted["bytes"] == pytest.approx(made["bytes"], rel=0.3)
+
+
+@pytest.mark.parametrize("options", [["divisor=1.5"], ["divisor=0"], ["alpha=.nan"], ["sparsity=0.05", "divisor=64"]])
+def test_a_divisor_that_cannot_be_kept_is_refused(
+    options: list[str], dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [word for option in ["sparsity=0.3", *options] for word in ("--set", option)]
+    argv = ["compress", str(dense), "--method", "2ssp", "--rows", "2", "--length", "32", *settings]
+    refuse([*argv, "-o", str(tmp_path / "out")], capsys)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -119,6 +120,26 @@ def test_a_run_whose_mildest_step_misses_the_gate_fails_with_exit_code_3(
     assert len(list((tmp_path / "run").glob("artifact-*"))) == 1, "it stops at the first that misses the gate"
 
 
+def test_a_text_that_changed_is_noticed(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOLDAWAY_API_KEY", "a key that only the user's own server asks for")
+    recipe = recipe_file(tmp_path, dense, sparsity=(0.2,))
+    content = yaml.safe_load(recipe.read_text())
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    content["evaluation"]["source"] = str(text)
+    recipe.write_text(yaml.safe_dump(content))
+    assert main(["run", str(recipe), "-o", str(tmp_path / "run")]) == 0
+    first = records.read(tmp_path / "run" / "record.json")
+    text.write_text("Pack my box with five dozen liquor jugs, said the wizard. " * 20)
+    assert main(["run", str(recipe), "-o", str(tmp_path / "run")]) == 0
+    second = records.read(tmp_path / "run" / "record.json")
+    assert first.texts["evaluation"]["sha256"] != second.texts["evaluation"]["sha256"]
+    assert first.baseline.perplexity != second.baseline.perplexity
+    assert first.artifacts == second.artifacts, "the calibration did not change"
+    for stage in (tmp_path / "run").glob("record-*.json"):
+        records.read(stage)
+
+
 def test_other_inputs_make_another_stage(tmp_path: Path) -> None:
     work = Workspace(tmp_path / "run")
     assert work.result("stage", {"seed": 0}, lambda: {"made": 1}) == {"made": 1}
@@ -172,13 +193,26 @@ def test_a_run_killed_at_ten_moments_never_leaves_a_half_thing_and_goes_on(dense
         process.communicate()
         assert process.returncode == -signal.SIGKILL, f"moment {moment} came too late"
         whole(run)
-        stages_seen.add(frozenset(path.name for path in run.glob("*-*")))
-        if moment in (3, 6, 9):
-            process = start(recipe, run)
-            out, err = process.communicate()
-            assert process.returncode == 0, err
-            assert ("Skipped" in err) == bool(max(stages_seen, key=len))
-            whole(run)
-            assert json.loads(out.splitlines()[-1])["verdict"] == "pass"
-            assert not list(run.glob(".*partial*")), "what the killed process left behind is gone"
+        stages = frozenset(path.name for path in run.glob("*-*"))
+        stages_seen.add(stages)
+        wait_until_no_server_of(run)
+
+        process = start(recipe, run)
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert ("Skipped" in err) == bool(stages - {"foldaway-run.json"})
+        whole(run)
+        assert json.loads(out.splitlines()[-1])["verdict"] == "pass"
+        assert not list(run.glob(".*partial*")), "what the killed process left behind is gone"
     assert len(stages_seen) >= 4, "the kills hit different stages"
+
+
+def wait_until_no_server_of(run: Path, seconds: float = 20.0) -> None:
+    """Servers end with the process that started them, even when that was killed."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+        if not any("serve" in command and any(str(run) in word for word in command) for command in commands):
+            return
+        time.sleep(0.2)
+    raise AssertionError("a server outlived its run")
