@@ -31,7 +31,10 @@ positions count; the rest is free room. A tuple, because the session remembers w
 MODEL_FILE = "model.onnx"
 PREFILL_CHUNK = 64
 """Tokens per run while prefilling. The graph returns logits of every position, T x V x 4 bytes: small runs keep that
-small, and are no slower (SmolLM2 int4: 1.9 s of CPU for 512 tokens in runs of 64, 2.4 s in one)."""
+small."""
+
+GRAPH_INPUTS = "input_ids, attention_mask and past_key_values.N.{key,value}"
+HOW_TO_EXPORT = "make one with `foldaway export MODEL --to onnx -o DIR`"
 
 
 class OnnxSession:
@@ -57,7 +60,8 @@ class OnnxSession:
             graph: the file to load, if the folder holds several.
 
         Raises:
-            BackendError: no graph there, or onnxruntime cannot load it.
+            BackendError: no graph or config.json there, one that onnxruntime cannot load, or a graph with other inputs
+                and outputs than an export of ours.
             ConfigError: fewer than one thread.
         """
         if threads is not None and threads < 1:
@@ -66,7 +70,7 @@ class OnnxSession:
         self.path = Path(path)
         model_file = self.path / graph
         if not model_file.is_file():
-            raise BackendError(f"{self.path} holds no {graph}: make one with `foldaway export MODEL --to onnx -o DIR`")
+            raise BackendError(f"{self.path} holds no {graph}: {HOW_TO_EXPORT}")
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
@@ -75,17 +79,48 @@ class OnnxSession:
             self._session = ort.InferenceSession(str(model_file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exception classes share no public base
             raise BackendError(f"onnxruntime cannot load {model_file}: {_first_line(error)}") from error
-        self.config: dict[str, Any] = json.loads((self.path / "config.json").read_text("utf-8"))
+        self.config = read_settings(self.path / "config.json")
         self.artifact_id = read_export(self.path).artifact_id if is_export(self.path) else None
-        shapes = {value.name: value.shape for value in self._session.get_inputs()}
-        self.num_layers = sum(name.startswith("past_key_values.") for name in shapes) // 2
-        _, self.num_key_value_heads, _, self.head_dim = shapes["past_key_values.0.key"]
-        self.vocab_size: int = next(o.shape[-1] for o in self._session.get_outputs() if o.name == "logits")
-        self.context_length = int(self.config["max_position_embeddings"])
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        outputs = {value.name: value for value in self._session.get_outputs()}
+        self.num_layers = sum(name.startswith("past_key_values.") for name in inputs) // 2
         self._past = [(f"past_key_values.{i}.key", f"past_key_values.{i}.value") for i in range(self.num_layers)]
         self._present = [(f"present.{i}.key", f"present.{i}.value") for i in range(self.num_layers)]
+        self._check_names(model_file, inputs, outputs)
+        _, self.num_key_value_heads, _, self.head_dim = inputs["past_key_values.0.key"].shape
+        self.vocab_size: int = outputs["logits"].shape[-1]
+        self._check_numbers(model_file, inputs)
+        self.context_length: int = self.config["max_position_embeddings"]
         self._binding: Any = None
         self._bound: KV | None = None
+
+    def _check_names(self, file: Path, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
+        expected = {"input_ids", "attention_mask", *(name for pair in self._past for name in pair)}
+        if self.num_layers == 0 or set(inputs) != expected:
+            others = [name for name in inputs if not name.startswith("past_key_values.")]
+            caches = f"{len(inputs) - len(others)} past_key_values"
+            raise BackendError(
+                f"{file} is no graph of ours: it takes {', '.join(others)} and {caches}, not {GRAPH_INPUTS}; "
+                f"{HOW_TO_EXPORT}"
+            )
+        missing = {"logits", *(name for pair in self._present for name in pair)} - set(outputs)
+        if missing:
+            raise BackendError(f"{file} is no graph of ours: it does not return {min(missing)}; {HOW_TO_EXPORT}")
+
+    def _check_numbers(self, file: Path, inputs: dict[str, Any]) -> None:
+        """What is read from the graph and from config.json must be numbers, and caches alike and in fp32."""
+        sizes = (self.num_key_value_heads, self.head_dim, self.vocab_size)
+        caches = [inputs[name] for pair in self._past for name in pair]
+        alike = all((c.type, c.shape[1], c.shape[3]) == ("tensor(float)", *sizes[:2]) for c in caches)
+        if not alike or not all(isinstance(size, int) for size in sizes):
+            raise BackendError(
+                f"{file} is no graph of ours: its past_key_values are not alike, not fp32, or of no fixed head size; "
+                f"{HOW_TO_EXPORT}"
+            )
+        if not isinstance(self.config.get("max_position_embeddings"), int):
+            raise BackendError(
+                f"{file.with_name('config.json')} does not say max_position_embeddings, the context; {HOW_TO_EXPORT}"
+            )
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits of every position in one forward without a past: int64 (B, T) -> float32 (B, T, V)."""
@@ -178,13 +213,43 @@ class OnnxSession:
                 self._binding.bind_output(present_name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
         self._bound = kv
 
+    def unbind(self) -> None:
+        """Let go of the cache of the last run, which would be kept until the next run with another one."""
+        self._binding = self._bound = None
+
 
 def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer in an export folder, read from its files alone."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        str(path), trust_remote_code=False, local_files_only=True
-    )
+    """The tokenizer in an export folder, read from its files alone.
+
+    Raises:
+        BackendError: there is none, or it cannot be read.
+    """
+    if not (Path(path) / "tokenizer_config.json").is_file():
+        raise BackendError(f"{path} holds no tokenizer (tokenizer_config.json); {HOW_TO_EXPORT}")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(path), trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # the loaders raise whatever a broken file leads them to
+        raise BackendError(f"{path} has no tokenizer that can be read: {_first_line(error)}; {HOW_TO_EXPORT}") from error
     return tokenizer
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """A JSON object beside the graph.
+
+    Raises:
+        BackendError: it is missing, or something else.
+    """
+    try:
+        settings = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise BackendError(f"{file.parent} holds no {file.name}; {HOW_TO_EXPORT}") from error
+    except (OSError, ValueError) as error:
+        raise BackendError(f"{file} cannot be read as JSON: {_first_line(error)}") from error
+    if not isinstance(settings, dict):
+        raise BackendError(f"{file} is not a JSON object; {HOW_TO_EXPORT}")
+    return settings
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,8 @@
 """Run source and export on the same tokens, whole and token by token, and say how far apart they are.
 
 Two checks, because they fail separately: a whole forward shows wrong weights and shapes; decoding with a cache shows
-wrong cache numbers, positions and windows.
+wrong cache numbers, positions and windows. A runtime that reads prompts in runs of several tokens is checked in that,
+too.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from compress.result import Progress, no_progress
 Decode = Callable[[Tensor], Iterator[Tensor]]
 """From tokens (T,) to T logits (V,), each computed with a cache from one token at a time."""
 
+Prefill = Callable[[Tensor], Tensor]
+"""From tokens (T,) to the logits (V,) after the last, read as a prompt is when serving."""
+
 
 @dataclass(frozen=True)
 class Side:
-    """One model in two ways: whole forwards, and decoding with a cache."""
+    """One model in its ways: whole forwards, decoding with a cache, and reading prompts where that is another."""
 
     whole: Logits
     decode: Decode
+    prefill: Prefill | None = None
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,13 @@ class Parity:
         max_abs_difference: worst difference of any logit, whole forward, export against source.
         argmax_agreement: share of positions where both prefer the same next token.
         tokens: positions compared.
-        decode_max_abs_difference: the same for decoding token by token with a cache.
-        decode_argmax_agreement: the same.
-        decode_tokens: positions compared.
-        decode_against: what decoding was compared with: ``"source"``, or ``"export"`` where the weights are quantised:
-            its own whole forward, both in full precision.
-        tolerance: the largest difference allowed: in decoding, and in the whole forward unless weights are quantised.
+        decode_max_abs_difference: the same for decoding token by token with a cache, and for reading each row as a
+            prompt, where the runtime does that in another way.
+        decode_argmax_agreement: the same for decoding alone.
+        decode_tokens: positions decoded.
+        decode_against: what decoding was compared with: ``"source"``, or ``"export"`` where the weights are quantised
+            or rounded: a whole forward of those weights, both in full precision.
+        tolerance: the largest difference allowed: in decoding, and in the whole forward where the weights are exact.
         min_argmax_agreement: the smallest agreement allowed in the whole forward.
     """
 
@@ -68,9 +74,9 @@ def check(
 ) -> Parity:
     """Compare an export with its source.
 
-    A quantised export cannot be near its source, and where activations are rounded too not even near itself: decoding
-    then differs from a whole forward by more than a wrong position would. So its decoding is compared where that shows,
-    in `full_precision`, and its whole forward by the share of equal choices alone.
+    An export with quantised or rounded weights cannot be near its source, and where activations are rounded too not
+    even near itself: decoding then differs from a whole forward by more than a wrong position would. So its decoding is
+    compared where that shows, in `full_precision`, and its whole forward by the share of equal choices alone.
 
     Args:
         source: whole forward of the source.
@@ -79,33 +85,36 @@ def check(
         tolerance: the largest logit difference.
         min_argmax_agreement: the smallest share of positions where the whole forwards prefer the same token. Even an
             exact export needs less than 1: two tokens within rounding of each other may change places.
-        full_precision: of a quantised export: its weights, computed without rounding activations.
+        full_precision: of an export whose weights are not the source's: the weights it stores, computed without
+            rounding activations.
         progress: told of each token decoded.
 
     Raises:
         ParityError: a limit is not kept.
     """
-    full, stepped = _Distance(), _Distance()
+    full, stepped, read = _Distance(), _Distance(), _Distance()
+    cached = full_precision or export
     for index, row in enumerate(tokens):
         reference = source(row[None])[0].float()
         full.add(reference, export.whole(row[None])[0].float())
         target = full_precision.whole(row[None])[0].float() if full_precision else reference
-        decode = (full_precision or export).decode
-        for position, logits in enumerate(decode(row)):
+        if cached.prefill is not None:
+            read.add(target[-1], cached.prefill(row).float())
+        for position, logits in enumerate(cached.decode(row)):
             stepped.add(target[position], logits.float())
             progress("check export", index * tokens.shape[1] + position + 1, tokens.numel())
     parity = Parity(
         max_abs_difference=full.worst,
         argmax_agreement=full.agreement,
         tokens=full.tokens,
-        decode_max_abs_difference=stepped.worst,
+        decode_max_abs_difference=max(stepped.worst, read.worst),
         decode_argmax_agreement=stepped.agreement,
         decode_tokens=stepped.tokens,
         decode_against="export" if full_precision else "source",
         tolerance=tolerance,
         min_argmax_agreement=min_argmax_agreement,
     )
-    _judge(parity, quantised=full_precision is not None)
+    _judge(parity, exact=full_precision is None)
     return parity
 
 
@@ -130,10 +139,10 @@ class _Distance:
         return self.agreed / self.tokens
 
 
-def _judge(parity: Parity, *, quantised: bool) -> None:
+def _judge(parity: Parity, *, exact: bool) -> None:
     wrong = "the export does not compute what its source does, and was discarded"
     differences = {"decoding with a cache": parity.decode_max_abs_difference}
-    if not quantised:
+    if exact:
         differences["a whole forward"] = parity.max_abs_difference
     for what, difference in differences.items():
         if difference > parity.tolerance:

@@ -12,6 +12,8 @@ Where we differ from what the builder's command line writes:
   need a runtime that evicts, which of the runtimes above only onnxruntime-genai does;
 * a window is applied wherever the config has one, also for architectures whose config lists no ``layer_types``;
 * Gemma's embedding scale is not rounded to two decimals, and RoPE scaling stays out of its local layers;
+* a model with LongRoPE keeps its original context, where its short factors hold: the graph would choose between short
+  and long ones by the length of each run, but the keys of earlier runs lie in the cache with the factors of theirs;
 * nothing is stamped into the graph but the builder's version, so that the same model gives the same bytes.
 """
 
@@ -31,9 +33,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from compress.decoder import Decoder
-from compress.errors import ExportError, LayoutNotSupported, require
+from compress.errors import ConfigError, ExportError, LayoutNotSupported, require
 from compress.evaluate import logits_of
 from compress.files import new_folder
 from compress.layout import Layout, layout_of
@@ -59,6 +62,9 @@ BUILDERS = {
 LONG_ROPE_BUILDERS = {"phi3": "Phi3MiniLongRoPEModel"}
 """The same, for models whose RoPE switches between short and long factors."""
 
+ROPES = ("default", "linear", "llama3")
+"""What the builder can say of RoPE for every architecture, as ``rope_type``; longrope for those above."""
+
 TOLERANCE = 1e-3
 FP32_MIN_AGREEMENT = 0.99
 INT4_MIN_AGREEMENT = 0.1
@@ -79,14 +85,20 @@ def export(
         progress: told of blocks written and tokens checked.
 
     Raises:
-        ConfigError: `path` is not empty, or the dtype is not one of ONNX.
-        LayoutNotSupported: the builder has no words for the architecture or for the shape of a block.
+        ConfigError: `path` is not empty, the dtype is not one of ONNX, or the tokens are more than the export's context.
+        LayoutNotSupported: the builder has no words for the architecture, its RoPE or the shape of a block.
         ExportError: the builder refuses the model.
         ParityError: the export does not compute what its source does.
         MissingExtra: onnxruntime-genai is not installed.
     """
     dtype = choose_dtype("onnx", options, ("fp32", "int4"), default="fp32")
     check_layout(loaded.model)
+    context = context_of(base_config(loaded.model.config))
+    if check_tokens.shape[1] > context:
+        raise ConfigError(
+            f"the ONNX export keeps the model's original context of {context} tokens: it cannot be checked on "
+            f"{check_tokens.shape[1]}"
+        )
     source = in_dtype(loaded.model, torch.float32)
     with new_folder(path) as folder:
         write_graph(source, loaded.tokenizer, folder, dtype, options, progress)
@@ -98,23 +110,56 @@ def export(
 
 
 def check_layout(model: PreTrainedModel) -> None:
-    """Refuse early what the builder cannot say.
+    """Refuse early what the builder cannot say. The weights are not looked at: the model may be on the meta device.
 
     Raises:
         LayoutNotSupported: naming what is in the way and what to do.
     """
-    model_type = base_config(model.config).model_type
+    config = base_config(model.config)
+    model_type = config.model_type
     if model_type not in BUILDERS:
         raise LayoutNotSupported(
             f"the ONNX export cannot take a {model_type} model: onnxruntime-genai's builder knows only "
             f"{', '.join(BUILDERS)} of our architectures; `--to hf` takes it"
         )
+    possible = (*ROPES, "longrope") if model_type in LONG_ROPE_BUILDERS else ROPES
+    for rope_type in _rope_types(config):
+        if rope_type not in possible:
+            raise LayoutNotSupported(
+                f"the ONNX export cannot take RoPE of type {rope_type} in a {model_type} model, only "
+                f"{', '.join(possible)}; `--to hf` takes it"
+            )
     heads = {block.num_key_value_heads for block in layout_of(model).blocks if block.attention}
     if len(heads) != 1:
         raise LayoutNotSupported(
             f"the ONNX export needs the same number of KV heads in every attention, not {sorted(heads)}; "
             "`--to hf` takes such a model"
         )
+
+
+def _rope_types(config: Any) -> list[str]:
+    """The kinds of RoPE in a stock config; Gemma has one per kind of attention."""
+    rope = config.rope_parameters
+    return [each["rope_type"] for each in ([rope] if "rope_type" in rope else rope.values())]
+
+
+def context_of(config: Any) -> int:
+    """The context that an export gets: the model's, or with LongRoPE its original one."""
+    context = int(config.max_position_embeddings)
+    if "longrope" not in _rope_types(config):
+        return context
+    return min(context, int(config.rope_parameters["original_max_position_embeddings"]))
+
+
+def _shorten(config: Any) -> None:
+    """Give a stock config the context of the export. What LongRoPE derives from the old one is written out."""
+    context = context_of(config)
+    if "longrope" in _rope_types(config):
+        _, factor = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"))
+        config.rope_parameters["attention_factor"] = factor
+        config.rope_parameters["original_max_position_embeddings"] = context
+        config.original_max_position_embeddings = context
+    config.max_position_embeddings = context
 
 
 def check_parity(source: PreTrainedModel, folder: Path, dtype: str, tokens: Tensor, progress: Progress) -> Parity:
@@ -127,13 +172,18 @@ def check_parity(source: PreTrainedModel, folder: Path, dtype: str, tokens: Tens
     exact = _session_in_full_precision(folder) if dtype == "int4" else None
     return check(
         logits_of(source),
-        Side(session.logits, session.decode),
+        _side(session),
         tokens,
         tolerance=TOLERANCE,
         min_argmax_agreement=FP32_MIN_AGREEMENT if exact is None else INT4_MIN_AGREEMENT,
-        full_precision=Side(exact.logits, exact.decode) if exact else None,
+        full_precision=_side(exact) if exact else None,
         progress=progress,
     )
+
+
+def _side(session: OnnxSession) -> Side:
+    """All ways in which a graph is used; prompts are read in runs, as the server does."""
+    return Side(session.logits, session.decode, lambda row: torch.from_numpy(session.prefill(row[None].numpy())[0]))
 
 
 def _session_in_full_precision(folder: Path) -> OnnxSession:
@@ -183,8 +233,9 @@ def write_graph(
             onnx_model.make_model(str(source))
             onnx_model.save_model(str(folder))
             onnx_model.make_genai_config(config, {}, str(folder))
-        except (NotImplementedError, ValueError) as error:
-            raise ExportError(f"onnxruntime-genai's builder cannot express this model: {error}") from error
+        except (NotImplementedError, ValueError, ArithmeticError, AssertionError, KeyError) as error:
+            said = f"{type(error).__name__}: {error}".removesuffix(": ")
+            raise ExportError(f"onnxruntime-genai's builder cannot express this model ({said})") from error
 
 
 @contextlib.contextmanager
@@ -239,8 +290,9 @@ def builder_config(config: Any, layout: Layout) -> Any:
     """Put a stock config into the words that the builder reads.
 
     One entry of ``layer_types`` per block, of a kind that the builder does not know where there is no attention, so
-    that it makes no cache there; and one flat ``rope_parameters``.
+    that it makes no cache there; one flat ``rope_parameters``; and the context of the export.
     """
+    _shorten(config)
     windowed = getattr(config, "sliding_window", None) is not None
     default = "sliding_attention" if windowed else "full_attention"
     types = getattr(config, "layer_types", None) or [default] * len(layout.blocks)
@@ -251,6 +303,9 @@ def builder_config(config: Any, layout: Layout) -> Any:
         config.rope_parameters = dict(rope["full_attention"])
         config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
     config.rope_parameters.setdefault("type", config.rope_parameters["rope_type"])
+    if config.rope_parameters["rope_type"] == "longrope":
+        factor = config.rope_parameters["attention_factor"]
+        config.rope_parameters |= {"short_mscale": factor, "long_mscale": factor}
     return config
 
 
@@ -391,6 +446,7 @@ def _attending_config(model: PreTrainedModel) -> Any:
     for key in Decoder(model).arch.per_block_keys:
         if getattr(config, key, None) is not None:
             setattr(config, key, [getattr(config, key)[i] for i in kept])
+    _shorten(config)
     config.num_hidden_layers = len(kept)
     config.architectures = [_stock_class_name(config)]
     config.dtype = torch.float32
@@ -425,8 +481,22 @@ def _card(loaded: Loaded, dtype: str, options: ExportOptions, parity: Parity) ->
         "",
         f"Compared with its PyTorch source on {parity.tokens} tokens: worst logit difference "
         f"{parity.max_abs_difference:.3g}, same preferred token at {parity.argmax_agreement:.1%} of them. Decoding "
-        f"token by token with a cache, against {against}: {parity.decode_max_abs_difference:.3g}.",
+        f"token by token with a cache, and reading prompts, against {against}: {parity.decode_max_abs_difference:.3g}.",
+        *_about_context(loaded.model),
         "",
         "Run it with `foldaway serve`, onnxruntime-genai, optimum (`ORTModelForCausalLM`) or transformers.js.",
     ]
     return "\n".join([*header, *lines]) + "\n"
+
+
+def _about_context(model: PreTrainedModel) -> list[str]:
+    """What the card says where the export's context is not the model's."""
+    config = base_config(model.config)
+    context = context_of(config)
+    if context == config.max_position_embeddings:
+        return []
+    return [
+        "",
+        f"The context is {context} tokens, the model's original one, not its {config.max_position_embeddings}: beyond "
+        "it LongRoPE needs other factors for all keys, also for those that lie in the cache already.",
+    ]

@@ -31,6 +31,12 @@ logger = logging.getLogger(__name__)
 
 SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
+BODY_BYTES = 1_000_000
+"""Bytes of a request's body that are always read."""
+
+BODY_BYTES_PER_TOKEN = 64
+"""Of a long context: bytes of the body per token, more than text in JSON needs."""
+
 
 def create_app(scheduler: Scheduler, *, api_key: str | None = None) -> FastAPI:
     """The ASGI app.
@@ -56,6 +62,7 @@ class _Routes:
         self._backend = scheduler.backend
         self._prompts = Prompts(scheduler.backend.tokenizer, scheduler.backend.vocab_size)
         self._created = int(time.time())
+        self._body_limit = max(BODY_BYTES, BODY_BYTES_PER_TOKEN * scheduler.context_length)
 
     def router(self, api_key: str | None) -> APIRouter:
         guard = [] if api_key is None else [Depends(_bearer(api_key))]
@@ -74,13 +81,13 @@ class _Routes:
         return self._model_object()
 
     async def chat(self, http: HttpRequest) -> JSONResponse | StreamingResponse:
-        body = parse(ChatRequest, await _json(http))
+        body = parse(ChatRequest, await _json(http, self._body_limit))
         self._check_model(body.model)
         prompt = await asyncio.to_thread(self._prompts.of_chat, body.messages)
         return await self._answer(http, body, prompt, ChatAnswer)
 
     async def completions(self, http: HttpRequest) -> JSONResponse | StreamingResponse:
-        body = parse(CompletionRequest, await _json(http))
+        body = parse(CompletionRequest, await _json(http, self._body_limit))
         self._check_model(body.model)
         prompt = await asyncio.to_thread(self._prompts.of_completion, body.prompt)
         return await self._answer(http, body, prompt, TextAnswer)
@@ -126,7 +133,7 @@ class _Routes:
             top_p=1.0 if body.top_p is None else body.top_p,
             seed=body.seed,
             stop=body.stops,
-            ignore_end=body.ignore_eos,
+            ignore_end=bool(body.ignore_eos),
         )
 
     def _submit(self, request: Request, answer: _Answer) -> Generation:
@@ -240,18 +247,31 @@ async def _stream(answer: _Answer, events: list[Event], format: AnswerFormat) ->
         answer.cancel()
 
 
-async def _json(http: HttpRequest) -> Any:
+async def _json(http: HttpRequest, limit: int) -> Any:
+    content = await _content(http, limit)
     try:
-        body = json.loads(await http.body())
+        body = json.loads(content)
         json.dumps(body, ensure_ascii=False).encode()  # raises for half of a surrogate pair, which is no text
-    except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of more digits than Python reads
         raise ApiError(400, f"the body is not JSON: {error}") from error
     return body
 
 
+async def _content(http: HttpRequest, limit: int) -> bytes:
+    """The body of a request, of which no more than `limit` bytes are kept."""
+    content = bytearray()
+    async for chunk in http.stream():
+        if len(content) + len(chunk) > limit:
+            raise ApiError(413, f"the body is longer than the {limit} bytes read here", code="request_too_large")
+        content += chunk
+    return bytes(content)
+
+
 def _health(scheduler: Scheduler) -> Callable[[], Awaitable[JSONResponse]]:
     async def health() -> JSONResponse:
-        status = "draining" if scheduler.draining else "ok" if scheduler.alive else "failed"
+        status = "ok" if scheduler.alive else "failed"
+        if scheduler.draining and not scheduler.failed:
+            status = "draining"
         backend = scheduler.backend
         body = {
             "status": status,

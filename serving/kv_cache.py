@@ -7,10 +7,13 @@ token):
 * a decode step: nothing;
 * a sequence that joins: itself, once (nothing when it is alone: its prefill's arrays become the buffer);
 * a sequence that leaves: the last row, once, into the gap;
-* growth: slots and capacity double, so each token is copied less than twice over its life.
+* growth: all rows, once; slots and capacity double, so that it is rare.
 
-A change of the batch also costs the session one rebinding of its 2 x layers inputs and outputs (0.1 to 0.2 ms).
-When the last row leaves the buffer is dropped, so an idle server does not hold its peak.
+A change of the batch also costs the session one rebinding of its 2 x layers inputs and outputs.
+
+Growth moves one layer after the other and lets go of each old one, and when the last row leaves the buffer is dropped.
+Both give memory back only where nobody else refers to it: whoever bound `BatchCache.kv` to a session unbinds it before
+`join`, before `reserve` while `full`, and when the cache is empty.
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ class BatchCache:
         if row == 0:
             self._buffer = list(kv)
         else:
+            self.kv = ()  # views, which would keep the old buffers
             slots, _, capacity, _ = self._buffer[0][0].shape
             self._reshape(slots if row < slots else 2 * slots, max(capacity, kv[0][0].shape[2]))
             for ours, theirs in zip(self._buffer, kv, strict=True):
@@ -73,15 +77,24 @@ class BatchCache:
             self._buffer = []
         self._view()
 
+    @property
+    def full(self) -> bool:
+        """Whether some row has no room for one more token."""
+        return bool(self._buffer) and bool(self.lengths.max() >= self._buffer[0][0].shape[2])
+
     def reserve(self) -> None:
         """Make sure that each row has room for one more token."""
-        slots, _, capacity, _ = self._buffer[0][0].shape
-        if self.lengths.max() >= capacity:
+        if self.full:
+            self.kv = ()  # views, which would keep the old buffers
+            slots, _, capacity, _ = self._buffer[0][0].shape
             self._reshape(slots, min(2 * capacity, self._limit))
             self._view()
 
     def _reshape(self, slots: int, capacity: int) -> None:
-        """Move the rows into a larger buffer, one layer after the other, so that only one layer is held twice."""
+        """Move the rows into a larger buffer, one layer after the other, so that only one layer is held twice.
+
+        `self.kv` must have been dropped.
+        """
         old_slots, _, old_capacity, _ = self._buffer[0][0].shape
         if (slots, capacity) != (old_slots, old_capacity):
             for i, (key, value) in enumerate(self._buffer):

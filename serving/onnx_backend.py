@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from compress.errors import ConfigError
-from exporters.onnx_session import OnnxSession, load_tokenizer
+from exporters.onnx_session import OnnxSession, load_tokenizer, read_settings
 from serving.backend import end_tokens_of, model_id_of
 from serving.kv_cache import BatchCache, room_for
 
@@ -44,7 +43,7 @@ class OnnxBackend:
             device: "cpu", the only one that the exports are made for.
 
         Raises:
-            BackendError: no graph there, or it cannot be loaded.
+            BackendError: the folder is no export that can be run: what is missing, or what is wrong with it.
             ConfigError: another device.
         """
         if device != "cpu":
@@ -52,19 +51,24 @@ class OnnxBackend:
         session = OnnxSession(Path(path).expanduser())
         tokenizer = load_tokenizer(session.path)
         generation = session.path / "generation_config.json"
-        settings = json.loads(generation.read_text("utf-8")) if generation.is_file() else {}
+        settings = read_settings(generation) if generation.is_file() else {}
         ends = end_tokens_of(tokenizer, session.config.get("eos_token_id"), settings.get("eos_token_id"))
         return cls(session, tokenizer, model_id=model_id_of(path), end_tokens=ends)
 
     def prefill(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Append a row and read its prompt; returns the logits after the last token, float32 (V,)."""
         prompt = np.array([tokens], np.int64)
-        logits, kv = self._session.prefill(prompt, capacity=room_for(len(tokens), self._limit))
+        try:
+            logits, kv = self._session.prefill(prompt, capacity=room_for(len(tokens), self._limit))
+        finally:
+            self._session.unbind()  # what is bound is the prompt's own cache, and the batch changes anyway
         self._cache.join(kv, len(tokens))
         return logits
 
     def step(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Give each of the B rows its next token; returns the logits after them, float32 (B, V)."""
+        if self._cache.full:
+            self._session.unbind()
         self._cache.reserve()
         logits, _ = self._session.step(np.array(tokens, np.int64)[:, None], self._cache.kv, self._cache.lengths)
         self._cache.lengths += 1
@@ -73,3 +77,5 @@ class OnnxBackend:
     def remove(self, row: int) -> None:
         """Drop a row; the last row takes its number."""
         self._cache.leave(row)
+        if not self._cache.kv:
+            self._session.unbind()

@@ -1,8 +1,8 @@
 """What requests may say in the OpenAI wire format, and the error object.
 
 Every field that OpenAI or vLLM has and this server does not is listed with the values that ask for nothing; with any
-other value, and for a field that nobody knows, the answer is an error that names the field. Nothing is ignored in
-silence.
+other value, and for a field that nobody knows, the answer is an error that names the field. What is dropped without a
+word are labels, which say who and not what: those in LABELS, and the ``name`` of a message.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 """Field -> the values that change nothing."""
 
-MESSAGE_LEFTOVERS = ("name", "refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content")
+MESSAGE_LEFTOVERS = ("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content")
 """Fields of a message as a client gets it back and may send it again; empty ones are dropped, others refused."""
 
 
@@ -90,6 +90,7 @@ class StreamOptions(_Body):
 
     include_usage: bool = False
     include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Literal[False] | None = None  # of vLLM
 
 
 class TextPart(_Body):
@@ -104,6 +105,7 @@ class Message(_Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
+    name: str | None = None  # a label
 
     def for_template(self) -> dict[str, str]:
         """As chat templates read it: one text, and `developer` under its older name."""
@@ -128,7 +130,7 @@ class _Generate(_Body):
     stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
 
     @property
     def limit(self) -> tuple[int, str] | None:

@@ -4,11 +4,9 @@ A round is: forget the rows whose clients left, admit at most one waiting reques
 then one decode step over all running rows. At most one prefill per round, so that a burst of new requests
 delays those that run by one prompt at a time, not by all of them; a long prompt still delays them by its own length.
 
-Events leave through the callback given with a request, called on the worker thread: it must be quick and not raise.
-`Scheduler.round` does one round on the caller's thread, which is how the tests drive it.
-
-Cost per token and row, beside the model: 0.15 ms with greedy sampling (most of it handing the token over), and as much
-again on the event loop's thread, which overlaps with the next step.
+Events leave through the callback given with a request, called on the worker thread (`Scheduler.cancel_all` calls it on
+its caller's): it must be quick and not raise. `Scheduler.round` does one round on the caller's thread, which is how the
+tests drive it.
 """
 
 from __future__ import annotations
@@ -30,13 +28,15 @@ logger = logging.getLogger(__name__)
 
 Emit = Callable[[Event], None]
 
+STOPPING = "the server is stopping"
+
 
 class QueueFull(BackendError):
     """Too many requests wait already."""
 
 
 class Draining(BackendError):
-    """The server is stopping: what was accepted is finished, nothing new is taken."""
+    """Nothing new is taken: the server is stopping, or its worker has failed."""
 
 
 class Generation:
@@ -49,16 +49,23 @@ class Generation:
         self.last_token = -1
         self.generated = 0
         self._emit = emit
+        self._telling = threading.RLock()  # keeps an event of the worker from following the end told by another thread
         self._sampler = Sampler(request.temperature, request.top_p, request.seed)
         self._detokenizer = Detokenizer(decode, request.prompt_tokens)
         self._stop = StopFinder(request.stop)
 
     def cancel(self) -> None:
-        """Stop generating at the next round; from any thread, at any time. No event follows."""
-        self.cancelled = True
+        """Stop generating at the next round; from any thread, at any time. Once this returns no event follows."""
+        with self._telling:
+            self.cancelled = True
 
     def advance(self, logits: NDArray[np.float32], end_tokens: frozenset[int]) -> bool:
-        """Pick the next token from logits (V,) and tell about it; returns whether that ends the answer."""
+        """Pick the next token from logits (V,) and tell about it; returns whether the answer has ended.
+
+        One that was cancelled or has failed meanwhile has ended, and tells nothing.
+        """
+        if self.cancelled:
+            return True
         token = self.last_token = self._sampler.pick(logits)
         self.generated += 1
         ended = token in end_tokens and not self.request.ignore_end
@@ -68,17 +75,23 @@ class Generation:
             rest, stopped = self._stop.push(self._detokenizer.flush())
             text += rest if stopped else rest + self._stop.flush()
         if text:
-            self._emit(Token(token, text))
+            self._tell(Token(token, text))
         if not (ended or stopped or full):
             return False
         reason = "stop" if ended or stopped else "length"
-        self._emit(Finish(reason, len(self.request.prompt_tokens), self.generated))
+        self._tell(Finish(reason, len(self.request.prompt_tokens), self.generated))
         return True
 
     def fail(self, message: str) -> None:
-        """End without a result."""
-        if not self.cancelled:
-            self._emit(Failure(message))
+        """End without a result, from any thread: a Failure, unless it was cancelled before, and no event after it."""
+        with self._telling:
+            self._tell(Failure(message))
+            self.cancelled = True
+
+    def _tell(self, event: Event) -> None:
+        with self._telling:
+            if not self.cancelled:
+                self._emit(event)
 
 
 class Scheduler:
@@ -88,6 +101,7 @@ class Scheduler:
         backend: the model; touched by the worker only.
         context_length: the most tokens of a sequence, prompt and answer together.
         draining: True once nothing new is taken. Setting it is all that `drain` does, so a signal handler may.
+        failed: True once the worker thread has ended by an error; it is draining then, too.
     """
 
     def __init__(
@@ -116,13 +130,14 @@ class Scheduler:
         self.backend = backend
         self.context_length = _context_length(backend, max_model_len)
         self.draining = False
+        self.failed = False
         self._decode = decode
         self._max_batch = max_batch
         self._max_waiting = max_waiting
         self._waiting: deque[Generation] = deque()
         self._rows: list[Generation] = []  # mirrors the rows of the backend
         self._admitting: Generation | None = None
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # its lock can be taken again by the thread that holds it
         self._closing = False
         self._thread: threading.Thread | None = None
 
@@ -156,12 +171,13 @@ class Scheduler:
 
         Args:
             request: prompt and answer must fit in `context_length`.
-            emit: told of each event, on the worker thread; the last one is a Finish or a Failure.
+            emit: told of each event, on the worker thread (of a Failure also on another); the last one is a Finish or
+                a Failure, unless it is cancelled.
 
         Raises:
             ConfigError: it does not fit.
             QueueFull: too many wait already.
-            Draining: the server is stopping.
+            Draining: the server is stopping, or its worker has failed.
         """
         needed = len(request.prompt_tokens) + request.max_tokens
         if needed > self.context_length:
@@ -169,7 +185,7 @@ class Scheduler:
         generation = Generation(request, emit, self._decode)
         with self._changed:
             if self.draining:
-                raise Draining("the server is stopping")
+                raise Draining("the worker has failed; see the server's log" if self.failed else STOPPING)
             if len(self._waiting) >= self._max_waiting:
                 raise QueueFull(f"{len(self._waiting)} requests wait already; try again later")
             self._waiting.append(generation)
@@ -188,12 +204,17 @@ class Scheduler:
         self.draining = True
 
     def cancel_all(self) -> None:
-        """Drop everything that runs or waits, at the next round; each gets a Failure."""
+        """End everything that runs or waits: each gets a Failure now, and its row is dropped at the next round."""
+        self._fail_all(STOPPING)
+
+    def _fail_all(self, message: str) -> None:
         with self._changed:
             admitting = [self._admitting] if self._admitting else []
             for generation in [*self._waiting, *admitting, *self._rows]:
-                generation.fail("the server is stopping")
-                generation.cancel()
+                try:
+                    generation.fail(message)
+                except Exception:  # a callback that raises must not keep the others from being told
+                    logger.exception("telling of a failure failed")
 
     def close(self, timeout_seconds: float | None = None) -> None:
         """Take nothing new, finish everything accepted, end the worker thread."""
@@ -205,6 +226,19 @@ class Scheduler:
             self._thread.join(timeout_seconds)
 
     def _work(self) -> None:
+        """The worker thread: rounds until it is closed, or until one raises what `round` does not expect."""
+        try:
+            self._rounds()
+        except Exception as error:
+            logger.exception("the worker failed; nothing is served any more")
+            with self._changed:
+                self.failed = self.draining = True
+                self._fail_all(_describe(error))
+                self._waiting.clear()
+                self._rows.clear()
+                self._admitting = None
+
+    def _rounds(self) -> None:
         while True:
             with self._changed:
                 while self.idle and not self._closing:
@@ -269,9 +303,8 @@ class Scheduler:
     def _remove(self, row: int) -> None:
         """Drop a row here and in the backend; the last one takes its number."""
         self.backend.remove(row)
-        last = self._rows.pop()
-        if row < len(self._rows):
-            self._rows[row] = last
+        self._rows[row] = self._rows[-1]  # in this order every generation is in the list at any time
+        self._rows.pop()
 
 
 def _context_length(backend: Backend, wanted: int | None) -> int:

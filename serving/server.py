@@ -1,7 +1,8 @@
 """The process side: the socket, signals, and the end.
 
 The first SIGINT or SIGTERM drains: what was accepted is finished, new requests get 503, and when the last answer is
-out the server returns. A second one stops at once.
+out the server returns. A second one stops at once. When the scheduler's worker has failed there is nothing to finish,
+and the first one ends.
 """
 
 from __future__ import annotations
@@ -109,15 +110,20 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came. Not passed on to uvicorn's own handler, which would raise it again at the end."""
-        if self._scheduler.draining:
+        if self._scheduler.failed:
+            self.should_exit = True
+        elif self._scheduler.draining:
             self.forced = self.force_exit = self.should_exit = True
         self._scheduler.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: end once the scheduler is drained and has nothing left."""
+        """Ten times a second: end once the scheduler is drained and has nothing left.
+
+        One whose worker has failed goes on until a signal comes, so that /health can say so.
+        """
         if self.forced:
             self._scheduler.cancel_all()
-        elif self._scheduler.draining and self._scheduler.idle:
+        elif self._scheduler.draining and self._scheduler.idle and not self._scheduler.failed:
             self.should_exit = True
         return await super().on_tick(counter)
 
