@@ -464,7 +464,7 @@ def _add_bench(commands: Any) -> None:
 
 def _bench(arguments: argparse.Namespace) -> int:
     from benchmarks.gate import EXIT_CODES, read_gate
-    from deploy.pipeline import bench
+    from deploy.bench import bench
     from deploy.recipe import BenchmarkSpec
 
     limits = read_gate(Path(arguments.gate)).limits if arguments.gate else ()

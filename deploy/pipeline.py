@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import math
 import operator
@@ -17,19 +16,19 @@ from benchmarks import report
 from benchmarks.gate import Limit, Verdict, judge
 from benchmarks.intervals import Interval, exponential_of_mean
 from benchmarks.machine import machine
-from benchmarks.measures import Intervals, Measures, PairedRuns, Quality
+from benchmarks.measures import Intervals, Measures, Quality
 from benchmarks.quality import quality
-from benchmarks.record import Ladder, Model, Record, Variant
+from benchmarks.record import Ladder, Record, Variant
 from compress import artifact, budget
 from compress.calibration import TokenRows, context_length_of
 from compress.evaluate import Perplexity, logits_of, perplexity
-from compress.files import check_free
 from compress.result import Progress
 from compress.sources import Loaded, fingerprint, load, skeleton
 from compress.text import text_hash
+from deploy.bench import all_runs, model_of, now
 from deploy.comparison import Measured, measure
-from deploy.recipe import BenchmarkSpec, EvaluationSpec, Recipe
-from deploy.sides import Side, check_comparable, form_of, open_side
+from deploy.recipe import Recipe
+from deploy.sides import form_of, open_side
 from deploy.steps import compress_model, evaluation_windows
 from deploy.workspace import Workspace
 from exporters import export
@@ -229,9 +228,9 @@ class Pipeline:
         as_stored = Measures(dense_parameters.total, dense_bytes, dense.value)
         return Record(
             kind="run",
-            created=_now(),
+            created=now(),
             title=f"{self.recipe.model}, {_options(chosen.options)} by {self.recipe.steps[-1].method}",
-            model=_model(ours),
+            model=model_of(ours),
             artifacts={"baseline": None, "candidate": chosen.manifest.id},
             measured=f"{theirs.form}, on the CPU",
             baseline=measured.comparison.baseline,
@@ -248,7 +247,7 @@ class Pipeline:
                 *_exported_variants(measured, self.recipe.export.dtype),
             ),
             quality=self._qualities(against_dense, measured, form),
-            runs=_all_runs(measured),
+            runs=all_runs(measured),
             recipe=self.recipe.model_dump(mode="json"),
             texts={"calibration": dict(chosen.manifest.steps[-1].calibration or {}), "evaluation": rows.record()},
             commands=(command,),
@@ -312,70 +311,9 @@ def _exported_variants(measured: Measured, dtype: str) -> tuple[Variant, Variant
     )
 
 
-def bench(
-    baseline: str,
-    candidate: str,
-    out: Path,
-    *,
-    limits: tuple[Limit, ...],
-    evaluation: EvaluationSpec,
-    spec: BenchmarkSpec,
-    progress: Progress,
-    command: str,
-) -> tuple[Record, Path]:
-    """Compare two things that are there: exports, artifacts or models. Writes record.json and report.html.
-
-    Returns:
-        The record and the path of the report.
-    """
-    check_free(out)
-    ours, theirs = open_side(baseline), open_side(candidate)
-    check_comparable(ours, theirs)
-    rows = evaluation_windows(evaluation, ours.tokenizer, min(ours.context_length, theirs.context_length))
-    measured = measure(ours, theirs, rows, spec, out / "logs", progress)
-    both = measured.comparison
-    verdict = judge(limits, both.baseline, both.candidate, both.intervals) if limits else None
-    sealed = records.write(
-        Record(
-            kind="bench",
-            created=_now(),
-            title=f"{candidate} against {baseline}",
-            model=_model(ours),
-            artifacts={"baseline": ours.origin.artifact_id, "candidate": theirs.origin.artifact_id},
-            measured=theirs.form if ours.form == theirs.form else f"{theirs.form} against {ours.form}",
-            baseline=both.baseline,
-            candidate=both.candidate,
-            ratio=both.ratio,
-            intervals=both.intervals,
-            verdict=verdict.verdict if verdict else None,
-            gates=verdict.gates if verdict else (),
-            ladder=None,
-            variants=(),
-            quality={"candidate against baseline": measured.quality},
-            runs=_all_runs(measured),
-            recipe=None,
-            texts={"evaluation": rows.record()},
-            commands=(command,),
-            machine=machine(),
-        ),
-        out / "record.json",
-    )
-    report.write(sealed, out / "report.html")
-    return sealed, out / "report.html"
-
-
 def _common() -> dict[str, Any]:
     """What every stage depends on."""
     return {"versions": installed_versions()}
-
-
-def _model(side: Side) -> Model:
-    return Model(side.origin.name, side.origin.licence, side.origin.quantised_from)
-
-
-def _all_runs(measured: Measured) -> tuple[PairedRuns, ...]:
-    in_process = (measured.latency.prefill, measured.latency.decode) if measured.latency else ()
-    return (*in_process, measured.served.ttft, measured.served.decode, measured.served.e2e)
 
 
 def _options(options: dict[str, Any]) -> str:
@@ -388,7 +326,3 @@ def _times(value: float, reference: float) -> str:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -48,7 +48,7 @@ def export(
         to: name in EXPORTERS.
         options: how to store the weights.
         check_tokens: int64 (B, T), real tokens to compare source and export on, whole and one by one; T at most the
-            model's context.
+            model's context, and the export's where that is shorter (ONNX of a model with LongRoPE).
         progress: told of the work.
 
     Raises:

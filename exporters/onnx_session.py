@@ -231,7 +231,9 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
             str(path), trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # the loaders raise whatever a broken file leads them to
-        raise BackendError(f"{path} has no tokenizer that can be read: {_first_line(error)}; {HOW_TO_EXPORT}") from error
+        raise BackendError(
+            f"{path} has no tokenizer that can be read: {_first_line(error)}; {HOW_TO_EXPORT}"
+        ) from error
     return tokenizer
 
 

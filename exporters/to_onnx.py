@@ -85,7 +85,7 @@ def export(
         progress: told of blocks written and tokens checked.
 
     Raises:
-        ConfigError: `path` is not empty, the dtype is not one of ONNX, or the tokens are more than the export's context.
+        ConfigError: `path` is not empty, the dtype is not one of ONNX, or tokens that exceed the export's context.
         LayoutNotSupported: the builder has no words for the architecture, its RoPE or the shape of a block.
         ExportError: the builder refuses the model.
         ParityError: the export does not compute what its source does.

@@ -12,18 +12,9 @@ import pytest
 import torch
 
 from deploy.cli import main
-from tests.conftest import byte_tokenizer, tiny
+from tests.conftest import tiny
 
 COMPRESS = ["--method", "2ssp", "--set", "sparsity=0.3", "--rows", "2", "--length", "32"]
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model folder."""
-    folder = tmp_path_factory.mktemp("models") / "dense"
-    tiny("llama").save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def refuse(argv: list[str], capsys: pytest.CaptureFixture[str], *words: str) -> None:

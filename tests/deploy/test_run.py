@@ -22,20 +22,10 @@ from compress.files import sha256_of
 from deploy.cli import main
 from deploy.workspace import Workspace, digest
 from exporters.base import is_export, read_export
-from tests.conftest import byte_tokenizer, tiny
 
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.xdist_group("run")
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model folder."""
-    folder = tmp_path_factory.mktemp("models") / "dense"
-    tiny("llama").save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def recipe_file(folder: Path, dense: Path, *, max_ratio: float = 1000.0, sparsity: Any = (0.2, 0.4)) -> Path:

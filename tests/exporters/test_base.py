@@ -14,7 +14,7 @@ from torch import Tensor
 from compress.errors import ArtifactError, ConfigError, CorruptArtifact, ManifestVersionError, ParityError
 from compress.sources import Loaded, Origin
 from exporters import ExportOptions, export, is_export, read_export
-from exporters.parity import Side, check
+from exporters.parity import Prefill, Side, check
 from tests.conftest import CONTEXT, byte_tokenizer, tiny, token_rows
 
 TOKENS = token_rows(rows=2, length=6).tokens
@@ -102,6 +102,11 @@ def side(offset: float) -> Side:
     return Side(whole, decode)
 
 
+def last_of(offset: float) -> Prefill:
+    """A prompt read by that side."""
+    return lambda row: side(offset).whole(row)[-1]
+
+
 LIMITS = {"tolerance": 1e-3, "min_argmax_agreement": 0.9}
 
 
@@ -121,6 +126,8 @@ def test_equal_sides_have_no_distance() -> None:
         (side(float("nan")), None, "off by inf"),
         (side(5), side(5), "both prefer the same token at"),
         (side(0.01), Side(side(5).whole, side(0).decode), "decoding with a cache a logit is off by 5"),
+        (Side(side(0).whole, side(0).decode, last_of(0.01)), None, "decoding with a cache a logit is off by 0.01"),
+        (side(0), Side(side(0).whole, side(0).decode, last_of(0.01)), "decoding with a cache"),
     ],
 )
 def test_a_side_that_is_off_is_refused(export_side: Side, full_precision: Side | None, message: str) -> None:

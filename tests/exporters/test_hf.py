@@ -18,6 +18,7 @@ from compress.layout import layout_of
 from compress.sources import Loaded, Origin, load
 from compress.surgery import drop_attention, keep_neurons
 from exporters import ExportOptions, export, read_export, to_hf
+from exporters.base import in_dtype
 from tests.conftest import byte_tokenizer, tiny, token_rows
 
 ORIGIN = Origin("tiny", "folder")
@@ -97,6 +98,29 @@ def test_weights_are_stored_as_asked(tmp_path: Path) -> None:
     assert model.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_rounded_weights_are_compared_with_the_source_and_exactly_with_themselves(dtype: str, tmp_path: Path) -> None:
+    model = tiny("llama")
+    drop_attention(model, (1,))
+    source = Loaded(model, byte_tokenizer(), ORIGIN)
+    done = export(source, tmp_path / "x", to="hf", options=ExportOptions(dtype=dtype), check_tokens=TOKENS)
+    rounded = in_dtype(in_dtype(model, to_hf.DTYPES[dtype]), torch.float32)
+    expected = float((logits_of(model)(TOKENS) - logits_of(rounded)(TOKENS)).abs().max())
+    assert done.parity.max_abs_difference == pytest.approx(expected, rel=0.01)
+    assert done.parity.max_abs_difference > 1e-4
+    assert (done.parity.decode_against, done.parity.min_argmax_agreement) == ("export", 0.8)
+    assert done.parity.decode_max_abs_difference < 1e-4
+    assert "against the stored weights in memory" in (done.path / "README.md").read_text()
+
+
+def test_a_dtype_that_holds_every_weight_is_checked_exactly(tmp_path: Path) -> None:
+    model = in_dtype(tiny("llama"), torch.bfloat16)
+    source = Loaded(model, byte_tokenizer(), ORIGIN)
+    done = export(source, tmp_path / "x", to="hf", options=ExportOptions(dtype="fp32"), check_tokens=TOKENS)
+    assert (done.parity.decode_against, done.parity.min_argmax_agreement) == ("source", 0.99)
+    assert done.parity.max_abs_difference < 1e-5
+
+
 def test_int4_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the hf export stores fp32 or fp16 or bf16"):
         export(
@@ -106,7 +130,10 @@ def test_int4_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_lost_a_weight_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_folder_that_lost_a_weight_leaves_nothing_behind(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = to_hf.write_model
 
     def wrong(model: object, tokenizer: object, folder: Path) -> None:
@@ -115,6 +142,7 @@ def test_a_folder_that_lost_a_weight_leaves_nothing_behind(tmp_path: Path, monke
         right(other, byte_tokenizer(), folder)
 
     monkeypatch.setattr(to_hf, "write_model", wrong)
+    source = Loaded(tiny("llama"), byte_tokenizer(), ORIGIN)
     with pytest.raises(ParityError):
-        export(Loaded(tiny("llama"), byte_tokenizer(), ORIGIN), tmp_path / "x", to="hf", check_tokens=TOKENS)
+        export(source, tmp_path / "x", to="hf", options=ExportOptions(dtype=dtype), check_tokens=TOKENS)
     assert not list(tmp_path.iterdir())

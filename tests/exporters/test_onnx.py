@@ -16,15 +16,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from compress import sources
 from compress.calibration import windows
-from compress.errors import ConfigError, LayoutNotSupported, ParityError
+from compress.errors import ConfigError, ExportError, LayoutNotSupported, ParityError
 from compress.evaluate import logits_of
 from compress.sources import Loaded, Origin
 from compress.surgery import drop_attention, keep_neurons
-from exporters import Exported, ExportOptions, export, read_export, to_onnx
+from exporters import Exported, ExportOptions, export, onnx_session, read_export, to_onnx
 from exporters.base import in_dtype
 from exporters.onnx_session import OnnxSession, load_tokenizer
 from tests.conftest import CONTEXT, TINY, byte_tokenizer, tiny, token_rows
 
+LONG_ROPE: dict[str, Any] = {
+    "original_max_position_embeddings": 48,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 1.0,
+        "short_factor": [1.0 + 0.1 * i for i in range(8)],
+        "long_factor": [2.0 + 0.5 * i for i in range(8)],
+    },
+}
 BUILDABLE = sorted(to_onnx.BUILDERS)
 ORIGIN = Origin("tiny", "folder", licence="Apache-2.0", artifact_id="0123456789abcdef")
 TOKENS = token_rows(rows=2, length=40).tokens
@@ -111,24 +121,78 @@ def test_an_int4_export_decodes_as_it_reads_and_resembles_its_source(model_type:
                 }
             },
         ),
-        (
-            "phi3",
-            {
-                "original_max_position_embeddings": 48,
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "rope_theta": 1e4,
-                    "partial_rotary_factor": 1.0,
-                    "short_factor": [1.0 + 0.1 * i for i in range(8)],
-                    "long_factor": [2.0 + 0.5 * i for i in range(8)],
-                },
-            },
-        ),
+        ("phi3", LONG_ROPE),
+        ("phi3", {**LONG_ROPE, "rope_parameters": {**LONG_ROPE["rope_parameters"], "attention_factor": 1.3}}),
     ],
 )
 def test_windows_ropes_and_biases_reach_the_graph(model_type: str, changes: dict[str, Any], tmp_path: Path) -> None:
     parity = exported(ragged(variant(model_type, **changes)), tmp_path / "x").parity
     assert max(parity.max_abs_difference, parity.decode_max_abs_difference) < 1e-4
+
+
+def test_a_longrope_model_is_exported_at_its_original_context(tmp_path: Path) -> None:
+    model = variant("phi3", **LONG_ROPE)
+    done = exported(model, tmp_path / "x")
+    config = json.loads((done.path / "config.json").read_text())
+    genai = json.loads((done.path / "genai_config.json").read_text())
+    assert config["max_position_embeddings"] == genai["model"]["context_length"] == 48
+    assert genai["search"]["max_length"] == 48
+    assert "The context is 48 tokens" in (done.path / "README.md").read_text()
+    assert model.config.max_position_embeddings == CONTEXT
+    session = OnnxSession(done.path)
+    with pytest.raises(ConfigError, match="positions for 48"):
+        session.prefill(np.zeros((1, 49), np.int64))
+    stock = AutoConfig.from_pretrained(done.path)  # the shorter context must not change how it scales attention
+    assert type(model)(stock).model.rotary_emb.attention_scaling == model.model.rotary_emb.attention_scaling > 1
+
+
+def test_a_longrope_export_is_not_checked_beyond_its_context(tmp_path: Path) -> None:
+    tokens = token_rows(rows=1, length=49).tokens
+    with pytest.raises(ConfigError, match="original context of 48 tokens"):
+        export(loaded(variant("phi3", **LONG_ROPE)), tmp_path / "x", to="onnx", check_tokens=tokens)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_that_is_read_wrongly_fails_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = OnnxSession._run
+
+    def forgetful(self: OnnxSession, tokens: Any, mask: Any, kv: Any) -> Any:
+        if 1 < tokens.shape[1] < mask.shape[1]:  # a later run of a prefill
+            kv[0][0][:] = 0
+        return right(self, tokens, mask, kv)
+
+    monkeypatch.setattr(onnx_session, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(OnnxSession, "_run", forgetful)
+    with pytest.raises(ParityError, match="decoding with a cache"):
+        exported(tiny("llama"), tmp_path / "x")
+
+
+@pytest.mark.parametrize(("model_type", "rope_type"), [("llama", "yarn"), ("qwen2", "yarn"), ("qwen3", "dynamic")])
+def test_rope_that_the_builder_cannot_say_is_refused_before_there_are_weights(model_type: str, rope_type: str) -> None:
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    config = variant(model_type, rope_parameters=rope).config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(LayoutNotSupported, match=rf"RoPE of type {rope_type} in a {model_type} model.*--to hf"):
+        to_onnx.check_layout(model)
+
+
+@pytest.mark.parametrize("model_type", BUILDABLE)
+def test_a_layout_is_checked_without_weights(model_type: str) -> None:
+    to_onnx.check_layout(tiny(model_type).to("meta"))
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), AssertionError(), KeyError("x")])
+def test_what_the_builder_raises_is_an_export_error(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(to_onnx, "builder_class", fail)
+    with pytest.raises(ExportError, match=f"cannot express this model \\({type(error).__name__}"):
+        exported(tiny("llama"), tmp_path / "x")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "int4"])

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 
 from compress.errors import BackendError, ConfigError
 from compress.sources import Loaded, Origin
 from compress.surgery import drop_attention
 from exporters import export, onnx_session
-from exporters.onnx_session import KV, OnnxSession
+from exporters.onnx_session import KV, OnnxSession, load_tokenizer
 from tests.conftest import CONTEXT, byte_tokenizer, tiny, token_rows
 
 
@@ -130,3 +136,76 @@ def test_a_damaged_graph_is_refused_in_one_line(folder: Path, tmp_path: Path) ->
     with pytest.raises(BackendError, match="cannot load") as caught:
         OnnxSession(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def copy_of(folder: Path, path: Path, **changes: Any) -> Path:
+    """An export folder whose config.json says something else; None takes a key away."""
+    shutil.copytree(folder, path)
+    config = {**json.loads((path / "config.json").read_text()), **changes}
+    (path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return path
+
+
+def test_a_folder_without_a_config_is_refused(folder: Path, tmp_path: Path) -> None:
+    path = copy_of(folder, tmp_path / "x")
+    (path / "config.json").unlink()
+    with pytest.raises(BackendError, match=r"holds no config\.json; make one with `foldaway export"):
+        OnnxSession(path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\udcff"])
+def test_a_config_that_cannot_be_read_is_refused(content: str, folder: Path, tmp_path: Path) -> None:
+    path = copy_of(folder, tmp_path / "x")
+    (path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(BackendError, match=r"config\.json"):
+        OnnxSession(path)
+
+
+def test_a_config_without_a_context_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="does not say max_position_embeddings"):
+        OnnxSession(copy_of(folder, tmp_path / "x", max_position_embeddings=None))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (["input_ids", "attention_mask"], "input_ids, attention_mask and 0 past_key_values"),
+        (["input_ids", "attention_mask", "position_ids", "past"], "attention_mask, position_ids and 2 past_key_values"),
+        (["input_ids", "attention_mask", "past"], r"does not return present\.0\.key"),
+    ],
+)
+def test_a_graph_that_wants_other_inputs_is_refused_by_their_names(
+    inputs: list[str], message: str, folder: Path, tmp_path: Path
+) -> None:
+    path = copy_of(folder, tmp_path / "x")
+    values = [helper.make_tensor_value_info(n, TensorProto.INT64, ["b", "t"]) for n in inputs if n != "past"]
+    for kind in ("key", "value") if "past" in inputs else ():
+        name = f"past_key_values.0.{kind}"
+        values.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 2, "p", 16]))
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", "t"])
+    node = helper.make_node("Cast", ["input_ids"], ["logits"], to=TensorProto.FLOAT)
+    graph = helper.make_graph([node], "g", values, [logits])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, str(path / "model.onnx"))
+    with pytest.raises(BackendError, match=rf"no graph of ours: .*{message}.*make one with") as caught:
+        OnnxSession(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("names", [("tokenizer_config.json", "tokenizer.json"), ("tokenizer.json",)])
+def test_a_folder_without_a_tokenizer_is_refused(names: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
+    path = copy_of(folder, tmp_path / "x")
+    for name in names:
+        (path / name).unlink()
+    with pytest.raises(BackendError, match="tokenizer"):
+        load_tokenizer(path)
+
+
+def test_a_session_that_is_unbound_holds_no_cache(folder: Path) -> None:
+    session = OnnxSession(folder, threads=1)
+    _, kv = session.prefill(prompt(5))
+    buffers = [weakref.ref(buffer) for pair in kv for buffer in pair]
+    del kv
+    session.unbind()
+    assert all(buffer() is None for buffer in buffers)
+    session.prefill(prompt(5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import uvicorn
 
 from serving import server
+from serving.api import BODY_BYTES, create_app
 from serving.scheduler import Scheduler
 from tests.conftest import V
 from tests.serving.fake import FakeBackend, echo, ids, one_hot, saying, scheduler_of
@@ -207,6 +210,26 @@ NEUTRAL: dict[str, Any] = {
 }
 
 
+def test_the_name_of_a_message_is_a_label(client: openai.OpenAI) -> None:
+    named = [{**CHAT[0], "name": "Ann"}]
+    assert chat(client, messages=named).choices[0].message.content == "good day 🦙"
+
+
+@pytest.mark.parametrize("wanted", [False, None])
+def test_what_vllm_clients_send_along_is_accepted(client: openai.OpenAI, wanted: bool | None) -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": wanted}
+    *chunks, last = chat(client, stream=True, stream_options=options, extra_body={"ignore_eos": wanted})
+    assert last.usage.completion_tokens == len("good day 🦙".encode()) + 1
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_usage_in_every_chunk_is_refused(client: openai.OpenAI) -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, stream=True, stream_options=options)
+    assert caught.value.param == "stream_options.continuous_usage_stats"
+
+
 def test_fields_that_ask_for_nothing_are_accepted(client: openai.OpenAI) -> None:
     assert chat(client, **NEUTRAL).choices[0].message.content == "good day 🦙"
 
@@ -265,7 +288,7 @@ def test_what_is_not_supported_is_refused_by_name(client: openai.OpenAI, field: 
         ([{"role": "tool", "content": "x"}], "messages[0].role"),
         ([{"role": "user"}], "messages[0].content"),
         ([*CHAT, {"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages[1].content[0].type"),
-        ([{"role": "user", "content": "x", "name": "Ann"}], "messages[0].name"),
+        ([{"role": "user", "content": "x", "name": 5}], "messages[0].name"),
         ([{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}], "messages[0].tool_calls"),
         (["hi"], "messages[0]"),
     ],
@@ -306,12 +329,40 @@ def test_another_model_is_not_found(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b"\xff\xfe", b'"text"', b"[" * 100_000, rb'{"model":"fake","prompt":"\ud800"}']
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff\xfe",
+        b'"text"',
+        b"[" * 100_000,
+        rb'{"model":"fake","prompt":"\ud800"}',
+        b'{"seed":' + b"9" * 5000 + b"}",
+    ],
 )
 def test_a_body_that_is_no_json_object_is_refused(url: str, body: bytes) -> None:
     response = post(url, "/v1/completions", body)
     assert response.status_code == 400
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_is_too_long_is_refused_before_it_is_tokenised(url: str, chunked: bool) -> None:
+    body = json.dumps({"model": "fake", "prompt": "x" * BODY_BYTES}).encode()
+    pieces = (body[start : start + 10_000] for start in range(0, len(body), 10_000))
+    response = httpx.post(f"{url}/v1/completions", content=pieces if chunked else body, timeout=30, trust_env=False)
+    assert response.status_code == 413
+    error = response.json()["error"]
+    assert (error["code"], error["type"]) == ("request_too_large", "invalid_request_error")
+    assert str(BODY_BYTES) in error["message"]
+
+
+def test_a_long_context_has_room_for_a_long_body() -> None:
+    letters = BODY_BYTES + 1
+    with serving(FakeBackend(echo, context_length=2 * letters)) as (url, _):
+        response = post(url, "/v1/completions", {"model": "fake", "prompt": "x" * letters, "max_tokens": 1})
+        assert response.json()["usage"]["prompt_tokens"] == letters
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405)])
@@ -433,3 +484,42 @@ def test_a_model_that_raises_is_a_server_error_and_in_a_stream_an_error_event() 
         assert "secret" not in str(caught.value)
         with pytest.raises(openai.APIError, match="the model failed"):
             list(client.completions.create(model="fake", prompt="abc", temperature=0, stream=True))
+
+
+class Unremovable(FakeBackend):
+    """Raises where no request is to blame."""
+
+    def remove(self, row: int) -> None:
+        raise RuntimeError("secret detail")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_worker_that_fails_ends_every_answer_and_health_says_so(stream: bool) -> None:
+    scheduler = scheduler_of(Unremovable(echo))
+    sock = server.bind("127.0.0.1", 0)
+    config = uvicorn.Config(create_app(scheduler), log_config=None, lifespan="off")
+    running = server._Server(config, scheduler, "", None)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [sock]})
+    scheduler.start()
+    thread.start()
+    try:
+        wait_until(lambda: running.started)
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        body = {"model": "fake", "prompt": "a", "max_tokens": 100, "temperature": 0, "stream": stream}
+        with ThreadPoolExecutor(2) as pool:
+            answers = list(pool.map(lambda _: post(url, "/v1/completions", body), range(2)))
+        assert all("[DONE]" in answer.text or "error" in answer.text for answer in answers)
+        wait_until(lambda: scheduler.failed)
+        time.sleep(0.3)  # longer than the server's tick: it must not end by itself
+        health = httpx.get(f"{url}/health", trust_env=False)
+        assert (health.status_code, health.json()["status"]) == (503, "failed")
+        late = post(url, "/v1/completions", body)
+        assert (late.status_code, late.json()["error"]["message"]) == (
+            503,
+            "the worker has failed; see the server's log",
+        )
+    finally:
+        running.handle_exit(signal.SIGTERM, None)
+        thread.join(30)
+        assert not thread.is_alive()
+    assert not running.forced

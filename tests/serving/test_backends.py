@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from compress.errors import BackendError, ConfigError
 from compress.sources import Loaded, load
 from compress.surgery import drop_attention
 from exporters import export
-from serving import open_backend
+from serving import kv_cache, open_backend
 from serving.backend import Backend
 from serving.detokenizer import plain_decode
+from serving.onnx_backend import OnnxBackend
 from serving.prompts import Prompts
 from serving.protocol import Message
 from serving.scheduler import Scheduler
@@ -121,6 +124,42 @@ def test_onnx_decodes_what_one_forward_says(exported: tuple[Loaded, Path]) -> No
     assert opened.context_length == CONTEXT
     assert opened.end_tokens == {257}
     check_a_changing_batch(opened, loaded.model, 1e-3)
+
+
+def test_an_onnx_backend_gives_back_its_memory(exported: tuple[Loaded, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "BLOCK", 8)
+    opened = open_backend(exported[1])
+    assert isinstance(opened, OnnxBackend)
+
+    def held() -> list[weakref.ref[np.ndarray]]:
+        return [weakref.ref(buffer) for pair in opened._cache._buffer for buffer in pair]
+
+    def check_gone(buffers: list[weakref.ref[np.ndarray]]) -> None:
+        assert all(buffer() is None for buffer in buffers)
+
+    opened.prefill(PROMPTS[0])
+    first = held()
+    for _ in range(4):
+        opened.step([1])  # the last of these needs more room
+    check_gone(first)
+    grown = held()
+    opened.prefill(PROMPTS[1])
+    check_gone(grown)
+    opened.step([1, 2])
+    both = held()
+    opened.remove(1)
+    opened.remove(0)
+    check_gone(both)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer_config.json"])
+def test_an_export_folder_with_something_missing_is_one_clear_error(
+    missing: str, exported: tuple[Loaded, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(exported[1], tmp_path / "x")
+    (tmp_path / "x" / missing).unlink()
+    with pytest.raises(BackendError, match=missing):
+        open_backend(tmp_path / "x")
 
 
 def test_an_onnx_export_is_not_for_torch(exported: tuple[Loaded, Path]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -97,6 +100,49 @@ def test_an_empty_cache_holds_no_memory() -> None:
     cache.leave(0)
     assert cache.kv == ()
     assert len(cache.lengths) == 0
+
+
+def buffers_of(cache: BatchCache) -> list[weakref.ref[np.ndarray]]:
+    """The arrays that own the memory behind the views."""
+    return [weakref.ref(buffer) for pair in cache._buffer for buffer in pair]
+
+
+def gone(buffers: list[weakref.ref[np.ndarray]]) -> bool:
+    return all(buffer() is None for buffer in buffers)
+
+
+def test_growth_and_the_last_leave_let_go_of_the_old_buffers() -> None:
+    cache = BatchCache(LIMIT)
+    cache.join(cache_of([1] * BLOCK), BLOCK)
+    lone = buffers_of(cache)
+    assert cache.full
+    cache.reserve()
+    assert gone(lone)
+    assert not cache.full
+    narrow = buffers_of(cache)
+    cache.join(cache_of([2]), 1)
+    assert gone(narrow)
+    wide = buffers_of(cache)
+    cache.leave(0)
+    cache.leave(0)
+    assert gone(wide)
+    assert not cache.full
+
+
+def test_growth_holds_one_layer_twice_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = BatchCache(LIMIT)
+    cache.join(cache_of([1] * BLOCK), BLOCK)
+    old, alive = buffers_of(cache), []
+    right = cache._larger
+
+    def watched(*args: Any) -> np.ndarray:
+        alive.append(sum(buffer() is not None for buffer in old))
+        return right(*args)
+
+    monkeypatch.setattr(cache, "_larger", watched)
+    cache.reserve()
+    assert len(alive) == 2 * LAYERS
+    assert alive[-1] == 2
 
 
 @pytest.mark.parametrize(("tokens", "room"), [(1, BLOCK), (BLOCK - 1, BLOCK), (BLOCK, 2 * BLOCK), (LIMIT, LIMIT)])

@@ -267,3 +267,66 @@ def test_a_forced_end_fails_what_runs() -> None:
 
 def test_the_end_token_is_not_text() -> None:
     assert END not in [event.id for event in answer("x").events if hasattr(event, "id")]
+
+
+def test_nothing_follows_the_failure_of_a_forced_end() -> None:
+    class Ending(FakeBackend):
+        def step(self, tokens: Any) -> NDArray[np.float32]:
+            if len(self.batches) == 2:
+                scheduler.cancel_all()  # as from another thread, while the model runs
+            return super().step(tokens)
+
+    backend = Ending(echo)
+    scheduler = scheduler_of(backend)
+    clients = [Client(), Client()]
+    for client in clients:
+        scheduler.submit(request("a"), client)
+    run(scheduler)
+    for client in clients:
+        assert client.events[-1] == Failure("the server is stopping")
+        assert sum(isinstance(event, Failure) for event in client.events) == 1
+    assert backend.rows == []
+
+
+def test_nothing_follows_a_cancellation_in_the_middle_of_a_step() -> None:
+    class Leaving(FakeBackend):
+        def step(self, tokens: Any) -> NDArray[np.float32]:
+            handle.cancel()
+            return super().step(tokens)
+
+    client = Client()
+    scheduler = scheduler_of(Leaving(echo))
+    handle = scheduler.submit(request("a"), client)
+    run(scheduler)
+    assert client.text == "a"  # of the prefill
+
+
+@pytest.mark.parametrize("broken", ["remove", "emit"])
+def test_a_worker_that_fails_tells_everyone_and_takes_nothing_new(
+    broken: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unremovable(FakeBackend):
+        def remove(self, row: int) -> None:
+            raise RuntimeError("secret detail")
+
+    def refuse(_: Event) -> None:
+        raise RuntimeError("secret detail")
+
+    backend = Unremovable(echo) if broken == "remove" else FakeBackend(echo)
+    scheduler = scheduler_of(backend, max_batch=2)
+    clients = [Client() for _ in range(3)]
+    scheduler.submit(request("a", max_tokens=2), refuse if broken == "emit" else Client())
+    for client in clients:
+        scheduler.submit(request("b"), client)
+    scheduler.start()
+    assert scheduler._thread is not None
+    scheduler._thread.join(10)
+    assert not scheduler.alive
+    assert scheduler.failed
+    assert scheduler.draining
+    assert scheduler.idle
+    assert all(client.events[-1] == Failure("the model failed: RuntimeError") for client in clients)
+    assert "secret detail" in caplog.text
+    with pytest.raises(Draining, match="the worker has failed"):
+        scheduler.submit(request("late"), Client())
+    scheduler.close(timeout_seconds=10)
