@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,20 +98,6 @@ class OptionsEntry(Strict):
     accuracy_level: int
 
 
-class ParityEntry(Strict):
-    """`Parity`, on disk."""
-
-    max_abs_difference: float
-    argmax_agreement: float
-    tokens: int
-    decode_max_abs_difference: float
-    decode_argmax_agreement: float
-    decode_tokens: int
-    decode_against: Literal["source", "export"]
-    tolerance: float
-    min_argmax_agreement: float
-
-
 class ExportRecord(Strict):
     """export.json: what an export folder holds, and how it was checked. Unknown keys are refused.
 
@@ -126,7 +112,7 @@ class ExportRecord(Strict):
     model_type: str
     options: OptionsEntry
     blocks: list[dict[str, Any]]
-    parity: ParityEntry
+    parity: Parity
     parameters: int
     bytes: int
     files: dict[str, FileEntry]
@@ -186,7 +172,7 @@ def seal(folder: Path, loaded: Loaded, to: str, dtype: str, options: ExportOptio
         model_type=getattr(loaded.model.config, "base_model_type", loaded.model.config.model_type),
         options=OptionsEntry(dtype=dtype, block_size=options.block_size, accuracy_level=options.accuracy_level),
         blocks=layout_of(loaded.model).block_configs(),
-        parity=ParityEntry(**asdict(parity)),
+        parity=parity,
         parameters=budget.count(loaded.model).total,
         bytes=sum(entry.bytes for name, entry in files.items() if name.endswith(WEIGHT_SUFFIXES)),
         files=files,
@@ -202,7 +188,7 @@ def exported(path: Path, record: ExportRecord) -> Exported:
         path=path,
         format=record.to,
         dtype=record.options.dtype,
-        parity=Parity(**record.parity.model_dump()),
+        parity=record.parity,
         bytes=record.bytes,
         parameters=record.parameters,
         files={name: entry.bytes for name, entry in record.files.items()},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -57,7 +58,7 @@ class Parity:
     decode_max_abs_difference: float
     decode_argmax_agreement: float
     decode_tokens: int
-    decode_against: str
+    decode_against: Literal["source", "export"]
     tolerance: float
     min_argmax_agreement: float
 
