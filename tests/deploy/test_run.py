@@ -178,7 +178,7 @@ def test_a_run_killed_at_ten_moments_never_leaves_a_half_thing_and_goes_on(dense
     for moment in range(1, 11):
         run = tmp_path / f"run{moment}"
         process = start(recipe, run)
-        time.sleep(duration * moment / 11)
+        time.sleep(duration * moment / 13)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL, f"moment {moment} came too late"
