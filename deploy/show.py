@@ -10,6 +10,7 @@ from benchmarks import record as records
 from benchmarks.words import gains_and_losses, headline
 from compress import artifact
 from compress.errors import ConfigError
+from compress.methods import METHODS
 from exporters.base import is_export, read_export
 
 
@@ -49,7 +50,8 @@ def _artifact_lines(manifest: artifact.Manifest) -> list[str]:
     ]
     for step in manifest.steps:
         gone = f"{step.numbers['sparsity_of_blocks']:.1%} of the blocks' parameters removed"
-        words.append(f"  {step.method} {json.dumps(step.config)}: {gone}")
+        paper = METHODS[step.method].paper if step.method in METHODS else step.method
+        words.append(f"  {paper}: {step.method} {json.dumps(step.config)}: {gone}")
     return words
 
 
