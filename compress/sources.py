@@ -234,7 +234,9 @@ def _demo_file(name: str) -> Path:
 def _load_gguf(place: _Place, dtype: torch.dtype | None) -> Loaded:
     try:
         tokenizer = AutoTokenizer.from_pretrained(place.where, **place.options)
-        model = AutoModelForCausalLM.from_pretrained(place.where, **place.options, dtype=dtype or torch.float32)
+        # In float32 transformers expands the weights; asked for less it may keep them packed, where none can be cut.
+        model = AutoModelForCausalLM.from_pretrained(place.where, **place.options, dtype=torch.float32)
+        model.to(dtype or torch.float32)  # type: ignore[arg-type]
         licence, quantised_from = _gguf_facts(Path(place.where) / str(place.gguf))
     except Exception as error:  # the GGUF readers raise whatever a broken file leads them to
         raise CorruptArtifact(f"{place.name} cannot be read as GGUF: {first_line(error)}") from error

@@ -60,11 +60,13 @@ def test_perplexities_are_near_those_of_a_rough_run(
         return torch.tensor(tokens[: 12 * 1024]).view(12, 1024)
 
     calibration = TokenRows(rows_of("c4.txt"), "c4", "", 0)
+    options: dict[str, dict[str, Any]] = {"2ssp": {}, "shortgpt": {"tokens": "all"}}
     found = {
         method: perplexity(
-            logits_of(compressed(dense, method, calibration, sparsity=sparsity).model), rows_of("wikitext2.test.txt")
+            logits_of(compressed(dense, method, calibration, sparsity=sparsity, **more).model),
+            rows_of("wikitext2.test.txt"),
         ).value
-        for method in ("2ssp", "shortgpt")
+        for method, more in options.items()
     }
     assert found["2ssp"] == pytest.approx(expected, rel=0.05)
     assert found["shortgpt"] == pytest.approx(peer, rel=0.15)
