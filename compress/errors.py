@@ -85,3 +85,8 @@ def require(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or module
         raise MissingExtra(f"{missing} is not installed: pip install 'foldaway[{extra}]'") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, for a message of one line; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

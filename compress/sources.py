@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from compress.arch import ARCHITECTURES, architecture_of
-from compress.errors import ArtifactError, ConfigError, CorruptArtifact, UnsupportedArchitecture
+from compress.errors import ArtifactError, ConfigError, CorruptArtifact, UnsupportedArchitecture, first_line
 from compress.files import sha256_of
 from compress.remote_code import MODEL_TYPE, FoldawayConfig, FoldawayForCausalLM, base_config
 
@@ -355,8 +355,3 @@ def _still(model: PreTrainedModel) -> PreTrainedModel:
     model.train(False)
     model.requires_grad_(False)
     return model
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says first, for a message of one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from compress.errors import BackendError, ConfigError, require
+from compress.errors import BackendError, ConfigError, first_line, require
 from exporters.base import is_export, read_export
 
 KV = tuple[tuple[NDArray[np.float32], NDArray[np.float32]], ...]
@@ -78,7 +78,7 @@ class OnnxSession:
         try:
             self._session = ort.InferenceSession(str(model_file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exception classes share no public base
-            raise BackendError(f"onnxruntime cannot load {model_file}: {_first_line(error)}") from error
+            raise BackendError(f"onnxruntime cannot load {model_file}: {first_line(error)}") from error
         self.config = read_settings(self.path / "config.json")
         self.artifact_id = read_export(self.path).artifact_id if is_export(self.path) else None
         inputs = {value.name: value for value in self._session.get_inputs()}
@@ -231,9 +231,7 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
             str(path), trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # the loaders raise whatever a broken file leads them to
-        raise BackendError(
-            f"{path} has no tokenizer that can be read: {_first_line(error)}; {HOW_TO_EXPORT}"
-        ) from error
+        raise BackendError(f"{path} has no tokenizer that can be read: {first_line(error)}; {HOW_TO_EXPORT}") from error
     return tokenizer
 
 
@@ -248,11 +246,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise BackendError(f"{file.parent} holds no {file.name}; {HOW_TO_EXPORT}") from error
     except (OSError, ValueError) as error:
-        raise BackendError(f"{file} cannot be read as JSON: {_first_line(error)}") from error
+        raise BackendError(f"{file} cannot be read as JSON: {first_line(error)}") from error
     if not isinstance(settings, dict):
         raise BackendError(f"{file} is not a JSON object; {HOW_TO_EXPORT}")
     return settings
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
