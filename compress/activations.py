@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -61,6 +61,17 @@ def mean_over_rows(
     return [torch.as_tensor(total) / len(rows) for total in sums]
 
 
+def neuron_means(decoder: Decoder, statistic: Statistic, rows: Tensor, run: Run, what: str) -> dict[int, Tensor]:
+    """Average a statistic of the hidden neurons (T, F) of every FFN over calibration rows; see `mean_over_rows`.
+
+    Returns:
+        Block index -> float64 mean; blocks without an FFN are left out.
+    """
+    blocks = [block for block in decoder if block.has_ffn]
+    means = mean_over_rows(decoder, [block.ffn_out.module for block in blocks], statistic, rows, run, what)
+    return {block.index: mean for block, mean in zip(blocks, means, strict=True)}
+
+
 @torch.no_grad()
 def block_similarity(decoder: Decoder, rows: Tensor, run: Run, *, last_token_only: bool) -> list[float]:
     """Cosine between what enters a block and what leaves it, averaged over tokens, then over rows.
@@ -74,26 +85,58 @@ def block_similarity(decoder: Decoder, rows: Tensor, run: Run, *, last_token_onl
     Returns:
         One similarity per block, in [-1, 1].
     """
-    sums = [0.0] * len(decoder)
+    pairs = [(b, b + 1) for b in range(len(decoder))]
+    return _similarity(decoder, rows, pairs, run, "block influence", last_token_only)
 
-    def watch(place: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            before, after = args[0][0].float(), output[0].float()
-            if last_token_only:
-                before, after = before[-1:], after[-1:]
-            sums[place] += torch.nn.functional.cosine_similarity(before, after, dim=-1).double().mean().item()
 
-        return hook
+@torch.no_grad()
+def window_similarity(decoder: Decoder, rows: Tensor, size: int, run: Run, *, last_token_only: bool) -> list[float]:
+    """Cosine between what leaves block l and what leaves block l + size, averaged as in `block_similarity`.
 
-    hooks = [block.module.register_forward_hook(watch(block.index)) for block in decoder]
-    try:
-        for done, row in enumerate(rows):
+    Returns:
+        One similarity for each l with l + size among the blocks, in [-1, 1].
+    """
+    pairs = [(b + 1, b + 1 + size) for b in range(len(decoder) - size)]
+    return _similarity(decoder, rows, pairs, run, "similarity of windows", last_token_only)
+
+
+def _similarity(
+    decoder: Decoder, rows: Tensor, pairs: Sequence[tuple[int, int]], run: Run, what: str, last_token_only: bool
+) -> list[float]:
+    """Mean cosine between two states of the residual stream; state b enters block b, state B leaves the last."""
+    sums = [0.0] * len(pairs)
+    for done, row in enumerate(rows):
+        with inputs_seen(decoder.block_list) as states, output_seen(decoder.blocks[-1].module) as outputs:
             decoder.model(input_ids=row[None].to(run.device), use_cache=False)
-            run.progress("block influence", done + 1, len(rows))
+        chosen = [state[0, -1:] if last_token_only else state[0] for state in (*states, *outputs)]
+        for place, (before, after) in enumerate(pairs):
+            cosine = nn.functional.cosine_similarity(chosen[before].float(), chosen[after].float(), dim=-1)
+            sums[place] += cosine.double().mean().item()
+        run.progress(what, done + 1, len(rows))
+    return [total / len(rows) for total in sums]
+
+
+@contextmanager
+def inputs_seen(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Write down what enters some modules, one after the other, while forward passes run inside a ``with``."""
+    seen: list[Tensor] = []
+    hooks = [module.register_forward_pre_hook(lambda module, args: seen.append(args[0])) for module in modules]
+    try:
+        yield seen
     finally:
         for hook in hooks:
             hook.remove()
-    return [total / len(rows) for total in sums]
+
+
+@contextmanager
+def output_seen(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Write down what leaves a module while forward passes run inside a ``with``."""
+    seen: list[Tensor] = []
+    hook = module.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()
@@ -107,18 +150,37 @@ def block_inputs(decoder: Decoder, tokens: Tensor) -> list[Tensor]:
     Returns:
         One tensor (B, T, D) per block.
     """
-    seen: list[Tensor] = []
+    with inputs_seen(decoder.block_list) as seen, stopping_before(decoder.blocks[-1].module):
+        decoder.model(input_ids=tokens, use_cache=False)
+    return seen
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0])
-        if len(seen) == len(decoder):
-            raise _Enough
 
-    hooks = [block.module.register_forward_pre_hook(hook) for block in decoder]
+@torch.no_grad()
+def entering_block(decoder: Decoder, tokens: Tensor, index: int) -> Tensor:
+    """What enters one block, (B, T, D), for tokens (B, T); nothing from that block on is run."""
+    with inputs_seen(decoder.block_list) as seen, stopping_before(decoder.blocks[index].module):
+        decoder.model(input_ids=tokens, use_cache=False)
+    return seen[index]
+
+
+@torch.no_grad()
+def input_of(decoder: Decoder, tokens: Tensor, module: nn.Module) -> Tensor:
+    """What enters one module, (B T, X), for tokens (B, T); nothing from that module on is run."""
+    with inputs_seen([module]) as seen, stopping_before(module):
+        decoder.model(input_ids=tokens, use_cache=False)
+    return seen[0].reshape(-1, seen[0].shape[-1])
+
+
+@contextmanager
+def stopping_before(module: nn.Module) -> Iterator[None]:
+    """End a forward pass inside a ``with`` when it gets to a module; hooks of that module set before this one run."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _Enough
+
+    hook = module.register_forward_pre_hook(stop)
     try:
         with suppress(_Enough):
-            decoder.model(input_ids=tokens, use_cache=False)
+            yield
     finally:
-        for handle in hooks:
-            handle.remove()
-    return seen
+        hook.remove()

@@ -24,7 +24,8 @@ class Architecture:
         ffn_in: linears that produce the hidden neurons.
         ffn_in_fused: how many matrices lie stacked in each of ``ffn_in`` (2 for a fused gate|up).
         ffn_out: the linear that consumes the hidden neurons.
-        ffn: modules that make up the FFN, for counting.
+        ffn: modules that make up the FFN, in order of execution.
+        ffn_norms: norms that only the FFN needs (before it, and after it where there is one).
         ffn_width: config key of the number of hidden neurons.
         num_key_value_heads: config key of the number of KV heads.
         per_block_keys: config keys that hold one entry per block.
@@ -38,6 +39,7 @@ class Architecture:
     ffn_in_fused: int = 1
     ffn_out: str = "mlp.down_proj"
     ffn: tuple[str, ...] = ("mlp",)
+    ffn_norms: tuple[str, ...] = ("post_attention_layernorm",)
     ffn_width: str = "intermediate_size"
     num_key_value_heads: str = "num_key_value_heads"
     per_block_keys: tuple[str, ...] = ("layer_types",)
@@ -52,6 +54,8 @@ class Architecture:
             "ffn_in": list(self.ffn_in),
             "ffn_in_fused": self.ffn_in_fused,
             "ffn_out": self.ffn_out,
+            "ffn": list(self.ffn),
+            "ffn_norms": list(self.ffn_norms),
         }
 
 
@@ -60,7 +64,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": Architecture(),
     "qwen2": Architecture(),
     "qwen3": Architecture(),
-    "gemma3_text": Architecture(attention_norms=("input_layernorm", "post_attention_layernorm")),
+    "gemma3_text": Architecture(
+        attention_norms=("input_layernorm", "post_attention_layernorm"),
+        ffn_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
     "phi3": Architecture(ffn_in=("mlp.gate_up_proj",), ffn_in_fused=2),
     "opt": Architecture(
         blocks="model.decoder.layers",
@@ -68,6 +75,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ffn_in=("fc1",),
         ffn_out="fc2",
         ffn=("fc1", "fc2"),
+        ffn_norms=("final_layer_norm",),
         ffn_width="ffn_dim",
         num_key_value_heads="num_attention_heads",
         requires={"do_layer_norm_before": True},
@@ -78,6 +86,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention_norms=("ln_1",),
         ffn_in=("mlp.c_fc",),
         ffn_out="mlp.c_proj",
+        ffn_norms=("ln_2",),
         ffn_width="n_inner",
         num_key_value_heads="num_attention_heads",
         requires={"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},

@@ -1,14 +1,18 @@
-"""Parameter counts. Every distinct tensor counts once, so tied embeddings are one."""
+"""Parameter counts, and splitting a target. Every distinct tensor counts once, so tied embeddings are one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from compress.decoder import Decoder
+from compress.decoder import Block, Decoder
+from compress.errors import BudgetError
+from compress.remote_code import submodule
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,55 @@ def count(model: PreTrainedModel) -> Counts:
     )
 
 
+def parameters_at(block: Block, paths: Iterable[str]) -> int:
+    """Parameters of the modules at some paths of a block."""
+    return _parameters(submodule(block.module, path) for path in paths)
+
+
 def _parameters(modules: Iterable[nn.Module]) -> int:
     distinct = {id(p): p.numel() for module in modules for p in module.parameters()}
     return sum(distinct.values())
 
 
-def sparsity(dense: Counts, now: Counts) -> dict[str, float]:
-    """The share of parameters gone: of the blocks (what methods target) and of the whole model."""
-    return {"blocks": 1 - now.blocks / dense.blocks, "model": 1 - now.total / dense.total}
+def neurons_to_keep(target: float, ffn: Sequence[int], widths: Sequence[int], unit: int = 1) -> tuple[int, ...]:
+    """FFN widths that free ``target`` parameters, the same share of every FFN.
+
+    Args:
+        target: parameters to free over all blocks.
+        ffn: parameters of each block's FFN; 0 where it was removed.
+        widths: neurons of each block's FFN; 0 where it was removed.
+        unit: widths become multiples of it.
+
+    Raises:
+        BudgetError: an FFN would keep no neuron.
+    """
+    present = [size for size in ffn if size]
+    share = round(target / len(present)) * len(present) / sum(present) if present else 1.0
+    kept = tuple(min(width, round(width * (1 - share) / unit) * unit) for width in widths)
+    if not present or any(width and keep < 1 for width, keep in zip(widths, kept, strict=True)):
+        raise BudgetError(f"the target needs {share:.0%} of every FFN, and none can go whole; lower the sparsity")
+    return kept
+
+
+def blocks_to_remove(share: float, blocks: int) -> int:
+    """How many of so many blocks a share is, rounded up to whole blocks.
+
+    Raises:
+        BudgetError: it is all of them.
+    """
+    # The tolerance keeps 0.3 * 30 at 9 blocks, although the product is a hair above 9 in floating point.
+    goes = math.ceil(share * blocks - 1e-9)
+    if goes >= blocks:
+        raise BudgetError(f"sparsity {share} would remove all {blocks} blocks; lower the sparsity")
+    return goes
+
+
+def change(dense: Counts, now: Counts, wanted: float) -> dict[str, Any]:
+    """What every method reports of the sizes before and after."""
+    return {
+        "parameters_before": dense.total,
+        "parameters_after": now.total,
+        "sparsity_wanted": wanted,
+        "sparsity_of_blocks": 1 - now.blocks / dense.blocks,
+        "sparsity_of_model": 1 - now.total / dense.total,
+    }

@@ -29,17 +29,33 @@ class TokenRows:
         source: where they come from, for records.
         sha256: of the bytes of `tokens` (int64, little endian, row after row).
         seed: what they were shuffled or sampled with.
+        stride: tokens from the start of one evaluation window to the next; None where rows do not overlap.
     """
 
     tokens: Tensor
     source: str
     sha256: str
     seed: int
+    stride: int | None = None
+
+    @property
+    def predicted(self) -> int:
+        """Tokens of each row that an evaluation predicts: those that no other row does."""
+        length = self.tokens.shape[1]
+        return length - 1 if self.stride is None else min(self.stride, length - 1)
 
     def record(self) -> dict[str, Any]:
         """What a manifest says of these rows."""
         rows, length = self.tokens.shape
-        return {"source": self.source, "sha256": self.sha256, "rows": rows, "length": length, "seed": self.seed}
+        stride = {} if self.stride is None else {"stride": self.stride}
+        return {
+            "source": self.source,
+            "sha256": self.sha256,
+            "rows": rows,
+            "length": length,
+            "seed": self.seed,
+            **stride,
+        }
 
 
 def draw(
@@ -90,15 +106,18 @@ def windows(
     *,
     length: int = 2048,
     count: int | None = None,
+    stride: int | None = None,
     context_length: int | None = None,
 ) -> TokenRows:
-    """Evaluation windows of `length` tokens: consecutive, not overlapping, the tail dropped.
+    """Evaluation windows of `length` tokens: consecutive, the tail dropped.
 
     Args:
         source: as for `text.read`; of ``builtin`` its evaluation part.
         tokenizer: of the model.
         length: tokens a window, T; at most the model's context.
         count: the first so many windows; None takes all.
+        stride: tokens from the start of one window to the next, at most `length`; None: windows do not overlap. With
+            a stride only the last so many tokens of a window are predicted, and the others are their context.
         context_length: of the model; None takes what the tokenizer says.
 
     Raises:
@@ -107,9 +126,14 @@ def windows(
     _check(length, context_length or tokenizer.model_max_length)
     if count is not None and count < 1:
         raise ConfigError(f"cannot cut {count} windows: ask for at least 1")
+    if stride is not None and not 1 <= stride <= length:
+        raise ConfigError(f"a stride of {stride} does not fit windows of {length}: give one from 1 to {length}")
     if source == "self":
         raise ConfigError("self is for calibration: a model is not evaluated on its own text; give a text source")
     drawn = text.read(source, part="evaluation", render=_chat(tokenizer))
+    if stride is not None and stride < length:
+        tokens = _encode(drawn.documents, tokenizer)
+        return _rows(_slide(tokens, drawn.name, count, length, stride), drawn.name, seed=0, stride=stride)
     return _rows(_cut(drawn.documents, tokenizer, drawn.name, count, length), drawn.name, seed=0)
 
 
@@ -153,17 +177,33 @@ def _first_tokens(tokenizer: PreTrainedTokenizerBase, rows: int, generator: torc
     return torch.randint(len(tokenizer), (rows, 1), generator=generator)
 
 
-def _rows(tokens: Tensor, source: str, seed: int) -> TokenRows:
+def _rows(tokens: Tensor, source: str, seed: int, stride: int | None = None) -> TokenRows:
     digest = hashlib.sha256(tokens.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
-    return TokenRows(tokens, source, digest, seed)
+    return TokenRows(tokens, source, digest, seed, stride)
+
+
+def _encode(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The joined documents as tokens (X,)."""
+    encoded = tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False)
+    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+
+def _slide(tokens: Tensor, name: str, count: int | None, length: int, stride: int) -> Tensor:
+    """Overlapping windows (N, T) over tokens (X,)."""
+    possible = 1 + (len(tokens) - length) // stride if len(tokens) >= length else 0
+    if possible < (count or 1):
+        raise ConfigError(
+            f"{name} has {len(tokens)} tokens, which gives {possible} windows of {length} at a stride of {stride}: "
+            f"ask for fewer or shorter ones than {count or 1} x {length}, or give a longer text"
+        )
+    return tokens.unfold(0, length, stride)[:count].contiguous()
 
 
 def _cut(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, name: str, rows: int | None, length: int
 ) -> Tensor:
     """The first `rows` consecutive pieces (None: all of them) of the joined documents, (N, T)."""
-    encoded = tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False)
-    tokens = torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    tokens = _encode(documents, tokenizer)
     possible = len(tokens) // length
     if possible < (rows or 1):
         wanted = (rows or 1) * length

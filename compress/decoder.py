@@ -1,7 +1,7 @@
 """A live model seen through its architecture record: blocks, attentions, FFN projections.
 
-Hides the real differences between architectures: transposed weights (Conv1D), matrices fused into one, and attentions
-that were removed. All edits replace Parameters and never write to their data, so that a clone can share every tensor
+Hides the real differences between architectures: transposed weights (Conv1D), matrices fused into one, and parts that
+were removed. All edits replace Parameters and never write to their data, so that a clone can share every tensor
 that is not changed.
 """
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compress.arch import Architecture, architecture_of
-from compress.remote_code import NoAttention, remove_attention, submodule
+from compress.remote_code import NoAttention, NoFeedForward, remove_attention, remove_ffn, submodule
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,17 @@ class Projection:
         weight = self.module.weight
         assert isinstance(weight, torch.Tensor)
         return weight
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The weight as (outputs, inputs), whichever way it is stored."""
+        return self._weight if self._output_dim == 0 else self._weight.T
+
+    def replace_matrix(self, matrix: torch.Tensor) -> None:
+        """Put other numbers into a weight of the same shape, given as (outputs, inputs)."""
+        stored = matrix if self._output_dim == 0 else matrix.T
+        assert stored.shape == self._weight.shape
+        self._replace("weight", stored.to(self._weight.dtype).contiguous())
 
     def keep_outputs(self, index: torch.Tensor) -> None:
         """Keep the outputs at ``index`` (K,), in each fused matrix; the bias follows."""
@@ -92,6 +103,21 @@ class Block:
         return None if isinstance(module, NoAttention) else module
 
     @property
+    def has_ffn(self) -> bool:
+        """Whether the FFN is there; where it was removed, ``ffn_in`` and ``ffn_out`` must not be asked for."""
+        return not isinstance(self.ffn_modules[-1], NoFeedForward)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether neither attention nor FFN is there, so that what enters also leaves."""
+        return self.attention is None and not self.has_ffn
+
+    @property
+    def width(self) -> int:
+        """F, the hidden neurons of the FFN; 0 where it was removed."""
+        return self.ffn_out.inputs if self.has_ffn else 0
+
+    @property
     def ffn_in(self) -> list[Projection]:
         """The linears that produce the F hidden neurons."""
         return [Projection(submodule(self.module, path), self.arch.ffn_in_fused) for path in self.arch.ffn_in]
@@ -109,6 +135,10 @@ class Block:
     def remove_attention(self) -> None:
         """Take the attention out, with the norms that only it needs."""
         remove_attention(self.module, self.arch.block_parts())
+
+    def remove_ffn(self) -> None:
+        """Take the FFN out, with the norms that only it needs."""
+        remove_ffn(self.module, self.arch.block_parts())
 
 
 class Decoder:

@@ -53,36 +53,47 @@ class Perplexity:
     window_nll: tuple[float, ...]
 
 
-def cross_entropy(logits: Tensor, tokens: Tensor) -> float:
+def cross_entropy(logits: Tensor, tokens: Tensor, predicted: int | None = None) -> float:
     """Sum of the next-token cross-entropy of one row, in nats.
 
     Args:
         logits: (T, V).
         tokens: (T,); the first one is not predicted.
+        predicted: only the last so many tokens count; None counts all T - 1.
     """
     total = 0.0
-    targets = tokens[1:].to(logits.device)
+    targets, known = _scored(logits, tokens, predicted)
     for part in _chunks(len(targets)):
-        total += functional.cross_entropy(logits[:-1][part].float(), targets[part], reduction="sum").item()
+        total += functional.cross_entropy(known[part].float(), targets[part], reduction="sum").item()
     return total
+
+
+def _scored(logits: Tensor, tokens: Tensor, predicted: int | None) -> tuple[Tensor, Tensor]:
+    """The last tokens of a row, and the logits (.., V) that predict them."""
+    first = len(tokens) - (len(tokens) - 1 if predicted is None else predicted)
+    return tokens[first:].to(logits.device), logits[first - 1 : -1]
 
 
 def _chunks(length: int) -> Iterator[slice]:
     return (slice(start, min(start + CHUNK_TOKENS, length)) for start in range(0, length, CHUNK_TOKENS))
 
 
-def perplexity(logits: Logits, rows: Tensor, progress: Progress = no_progress) -> Perplexity:
-    """Perplexity over windows that do not overlap.
+def perplexity(
+    logits: Logits, rows: Tensor, progress: Progress = no_progress, *, predicted: int | None = None
+) -> Perplexity:
+    """Perplexity over windows.
 
     Args:
         logits: the model.
-        rows: tokens (N, T), one window a row; T - 1 tokens of each are predicted.
+        rows: tokens (N, T), one window a row.
         progress: told of each window.
+        predicted: the last so many tokens of each window are predicted; None predicts T - 1. All windows weigh the
+            same, because all predict as many tokens.
     """
-    predicted = rows.shape[1] - 1
+    predicted = rows.shape[1] - 1 if predicted is None else predicted
     window_nll = []
     for done, row in enumerate(rows):
-        window_nll.append(cross_entropy(logits(row[None])[0], row) / predicted)
+        window_nll.append(cross_entropy(logits(row[None])[0], row, predicted) / predicted)
         progress("perplexity", done + 1, len(rows))
     nll = math.fsum(window_nll) / len(window_nll)
     error = standard_error(window_nll)
@@ -108,33 +119,51 @@ class Divergence:
         kl: mean KL(baseline || candidate) per token, in nats.
         kl_standard_error: of `kl`, from the spread of the windows.
         top1_agreement: share of tokens where both prefer the same next token.
-        tokens: how many positions were compared.
+        flipped: share of tokens that the first choice of one side gets right and that of the other does not.
+        tokens: how many were predicted.
     """
 
     kl: float
     kl_standard_error: float
     top1_agreement: float
+    flipped: float
     tokens: int
 
 
-def divergence(baseline: Logits, candidate: Logits, rows: Tensor, progress: Progress = no_progress) -> Divergence:
-    """Compare two models on the same windows, rows (N, T)."""
-    window_kl, agreed = [], 0
+def divergence(
+    baseline: Logits,
+    candidate: Logits,
+    rows: Tensor,
+    progress: Progress = no_progress,
+    *,
+    predicted: int | None = None,
+) -> Divergence:
+    """Compare two models on the same windows, rows (N, T), on the tokens that `perplexity` predicts.
+
+    Source of `flipped`: Dutta et al. 2024 (Accuracy is not all you need), for tokens in place of answers.
+    """
+    predicted = rows.shape[1] - 1 if predicted is None else predicted
+    window_kl, agreed, flipped = [], 0, 0
     for done, row in enumerate(rows):
-        kl, same = _compare(baseline(row[None])[0], candidate(row[None])[0])
-        window_kl.append(kl / rows.shape[1])
+        targets, ours = _scored(baseline(row[None])[0], row, predicted)
+        _, theirs = _scored(candidate(row[None])[0], row, predicted)
+        kl, same, moved = _compare(ours, theirs, targets)
+        window_kl.append(kl / predicted)
         agreed += same
+        flipped += moved
         progress("divergence", done + 1, len(rows))
-    mean = math.fsum(window_kl) / len(window_kl)
-    return Divergence(mean, standard_error(window_kl), agreed / rows.numel(), rows.numel())
+    mean, tokens = math.fsum(window_kl) / len(window_kl), predicted * len(rows)
+    return Divergence(mean, standard_error(window_kl), agreed / tokens, flipped / tokens, tokens)
 
 
-def _compare(ours: Tensor, theirs: Tensor) -> tuple[float, int]:
-    """Sum of KL(ours || theirs) over the tokens of logits (T, V), and how many argmax agree."""
-    kl, same = 0.0, 0
+def _compare(ours: Tensor, theirs: Tensor, targets: Tensor) -> tuple[float, int, int]:
+    """Sum of KL(ours || theirs) over logits (T, V); how many argmax agree; how many are right on one side only."""
+    kl, same, flipped = 0.0, 0, 0
     for part in _chunks(len(ours)):
         p = functional.log_softmax(ours[part].float(), dim=-1)
         q = functional.log_softmax(theirs[part].float().to(p.device), dim=-1)
         kl += functional.kl_div(q, p, log_target=True, reduction="sum").item()
-        same += int((p.argmax(-1) == q.argmax(-1)).sum())
-    return kl, same
+        below, above, right = p.argmax(-1), q.argmax(-1), targets[part]
+        same += int((below == above).sum())
+        flipped += int(((below == right) != (above == right)).sum())
+    return kl, same, flipped

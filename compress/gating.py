@@ -25,6 +25,19 @@ def without_attention(block: Block) -> Iterator[None]:
             set_submodule(block.module, path, part)
 
 
+@contextmanager
+def without_ffn(block: Block) -> Iterator[None]:
+    """Try a block without its FFN: the residual stream passes unchanged to the next block."""
+    paths = [*block.arch.ffn, *block.arch.ffn_norms]
+    parts = [submodule(block.module, path) for path in paths]
+    block.remove_ffn()
+    try:
+        yield
+    finally:
+        for path, part in zip(paths, parts, strict=True):
+            set_submodule(block.module, path, part)
+
+
 class _Given(nn.Module):
     """Stands for the blocks whose outcome is already known."""
 
@@ -54,18 +67,21 @@ def starting_at(decoder: Decoder, index: int, hidden_states: Tensor) -> Iterator
 
 
 class BlockForwards:
-    """Counts how many times a block of the model really runs, inside a ``with``."""
+    """Counts how many blocks of the model run to their end, inside a ``with``. A block with nothing in it is none."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.count = 0
-        self._modules = [block.module for block in decoder]
+        self._blocks = decoder.blocks
         self._hooks: list[Any] = []
 
-    def _seen(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.count += 1
+    def _watch(self, block: Block) -> Any:
+        def seen(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.count += not block.is_empty
+
+        return block.module.register_forward_hook(seen)
 
     def __enter__(self) -> BlockForwards:
-        self._hooks = [module.register_forward_hook(self._seen) for module in self._modules]
+        self._hooks = [self._watch(block) for block in self._blocks]
         return self
 
     def __exit__(self, *error: object) -> None:

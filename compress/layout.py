@@ -17,7 +17,7 @@ class BlockLayout:
     Attributes:
         attention: False where the attention was removed.
         num_key_value_heads: KV heads of the attention; 0 without one.
-        intermediate_size: hidden neurons of the FFN.
+        intermediate_size: hidden neurons of the FFN; 0 where it was removed.
     """
 
     attention: bool
@@ -28,7 +28,7 @@ class BlockLayout:
         """This block in the vocabulary of ``block_configs``."""
         return {
             "attention": {"no_op": not self.attention, "num_key_value_heads": self.num_key_value_heads or None},
-            "ffn": {"no_op": False, "intermediate_size": self.intermediate_size},
+            "ffn": {"no_op": not self.intermediate_size, "intermediate_size": self.intermediate_size or None},
             "shares_with": None,
         }
 
@@ -41,9 +41,9 @@ class Layout:
 
     @property
     def kind(self) -> Literal["plain", "ragged"]:
-        """``"plain"`` when all blocks are alike and attend, so that a stock config can say it; else ``"ragged"``."""
-        alike = len(set(self.blocks)) == 1 and self.blocks[0].attention
-        return "plain" if alike else "ragged"
+        """``"plain"`` when all blocks are alike and whole, so that a stock config can say it; else ``"ragged"``."""
+        whole = self.blocks[0].attention and self.blocks[0].intermediate_size > 0
+        return "plain" if whole and len(set(self.blocks)) == 1 else "ragged"
 
     @property
     def attention_blocks(self) -> tuple[int, ...]:
@@ -64,4 +64,4 @@ def layout_of(model: PreTrainedModel) -> Layout:
 
 def _observe(block: Block, heads: int) -> BlockLayout:
     attends = block.attention is not None
-    return BlockLayout(attends, heads if attends else 0, block.ffn_out.inputs)
+    return BlockLayout(attends, heads if attends else 0, block.width)

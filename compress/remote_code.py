@@ -1,7 +1,8 @@
 """Models whose blocks differ: the one module that ragged artifacts carry, and that foldaway itself loads them with.
 
-A ragged model is a stock transformers model of which some blocks have lost their attention, or have an FFN of another
-width than their neighbours. This file turns the stock classes into such a model, from data in ``config.json``:
+A ragged model is a stock transformers model of which some blocks have lost their attention or their FFN, or have an FFN
+of another width than their neighbours. This file turns the stock classes into such a model, from data in
+``config.json``:
 
 * ``base_model_type``: the stock architecture, for example ``"llama"``;
 * ``block_configs``: one entry per block,
@@ -38,6 +39,14 @@ class NoAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         """Return a zero that broadcasts against (B, T, D), in the place of the attention's output."""
         return hidden_states.new_zeros((1,) * hidden_states.dim()), None
+
+
+class NoFeedForward(nn.Module):
+    """Stands where an FFN was removed: adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return a zero that broadcasts against (B, T, D), in the place of the FFN's output."""
+        return hidden_states.new_zeros((1,) * hidden_states.dim())
 
 
 class _RaggedConfig:
@@ -167,6 +176,14 @@ def remove_attention(block: nn.Module, parts: dict[str, Any]) -> None:
         set_submodule(block, norm, nn.Identity())
 
 
+def remove_ffn(block: nn.Module, parts: dict[str, Any]) -> None:
+    """Take the FFN out of a block, with the norms that only it needs."""
+    *first, last = parts["ffn"]
+    for path in (*first, *parts["ffn_norms"]):
+        set_submodule(block, path, nn.Identity())
+    set_submodule(block, last, NoFeedForward())
+
+
 def number_caches(blocks: nn.ModuleList, parts: dict[str, Any]) -> None:
     """Give each attention its rank among those that remain: its layer in the KV cache, of which layer 0 must exist."""
     rank = 0
@@ -184,6 +201,9 @@ def fold_skeleton(model: Any, config: Any) -> None:
     for block, shape in zip(blocks, config.block_configs, strict=True):
         if shape["attention"]["no_op"]:
             remove_attention(block, parts)
+        if shape["ffn"]["no_op"]:
+            remove_ffn(block, parts)
+            continue
         width = shape["ffn"]["intermediate_size"]
         for path in parts["ffn_in"]:
             _resize(block, path, outputs=width * parts["ffn_in_fused"])

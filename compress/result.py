@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -23,12 +24,14 @@ class Run:
     Attributes:
         progress: told of each step of long work.
         device: where the forward passes run.
+        scratch: a folder for what an interrupted run can go on from; None keeps nothing. It may be removed any time.
         consume: the model given may be cut in place, so that a big one is not held twice. Without it the model given is
             not changed.
     """
 
     progress: Progress = no_progress
     device: str = "cpu"
+    scratch: Path | None = None
     consume: bool = False
 
 
@@ -39,12 +42,14 @@ class Report:
     Attributes:
         method: name in METHODS.
         config: the method's configuration, JSON-ready.
-        numbers: counts, scores and choices, JSON-ready.
+        numbers: counts, scores and choices, JSON-ready; the same for the same model, rows and config.
+        resumed_seconds: what work taken over from ``run.scratch`` had cost when it was done.
     """
 
     method: str
     config: Mapping[str, Any]
     numbers: Mapping[str, Any] = field(default_factory=dict)
+    resumed_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Permanent edits of a model: fewer neurons, attentions or blocks.
+"""Permanent edits of a model: fewer neurons, attentions, FFNs or blocks.
 
 Every edit ends in `settle`, the one place where what the model says of itself (config, class, numbers of its caches)
 is made to agree with what it has.
@@ -41,7 +41,14 @@ def keep_neurons(model: PreTrainedModel, kept: Mapping[int, torch.Tensor]) -> No
     settle(model)
 
 
+def cut_ffn(model: PreTrainedModel, widths: Sequence[int]) -> None:
+    """Cut every FFN to a width, keeping its first neurons: for shapes alone. Width 0 means that there is none."""
+    keep_neurons(model, {b: torch.arange(width, device=model.device) for b, width in enumerate(widths) if width})
+
+
 def _keep_neurons(block: Block, index: torch.Tensor) -> None:
+    if not block.has_ffn:
+        raise BudgetError(f"block {block.index} has no FFN any more; leave it out")
     if len(index) == 0:
         raise BudgetError(f"block {block.index} would keep no FFN neuron; lower the sparsity")
     if len(index) == block.ffn_out.inputs:
@@ -52,7 +59,7 @@ def _keep_neurons(block: Block, index: torch.Tensor) -> None:
 
 
 def drop_attention(model: PreTrainedModel, blocks: Sequence[int]) -> None:
-    """Remove whole attentions, with the norms that only they need.
+    """Remove whole attentions, with the norms that only they need. Blocks that are left with neither part go.
 
     Args:
         model: changed in place.
@@ -67,7 +74,25 @@ def drop_attention(model: PreTrainedModel, blocks: Sequence[int]) -> None:
     for block in decoder:
         if block.index in blocks and block.attention is not None:
             block.remove_attention()
-    settle(model)
+    drop_blocks(model, empty_blocks(model))
+
+
+def drop_ffn(model: PreTrainedModel, blocks: Sequence[int]) -> None:
+    """Remove whole FFNs, with the norms that only they need. Blocks that are left with neither part go.
+
+    Args:
+        model: changed in place.
+        blocks: indices of the blocks that lose their FFN.
+    """
+    for block in Decoder(model):
+        if block.index in blocks and block.has_ffn:
+            block.remove_ffn()
+    drop_blocks(model, empty_blocks(model))
+
+
+def empty_blocks(model: PreTrainedModel) -> list[int]:
+    """Indices of the blocks that have neither an attention nor an FFN."""
+    return [block.index for block in Decoder(model) if block.is_empty]
 
 
 def drop_blocks(model: PreTrainedModel, blocks: Sequence[int]) -> None:
@@ -99,7 +124,8 @@ def settle(model: PreTrainedModel) -> None:
     layout = layout_of(model)
     number_caches(decoder.block_list, decoder.arch.block_parts())
     model.config.num_hidden_layers = len(decoder)
-    setattr(model.config, decoder.arch.ffn_width, max(block.intermediate_size for block in layout.blocks))
+    if width := max(block.intermediate_size for block in layout.blocks):  # 0: every FFN is gone, and the old one stays
+        setattr(model.config, decoder.arch.ffn_width, width)
     for block in decoder:
         _tell_width(block)
     if layout.kind == "plain":
@@ -112,4 +138,4 @@ def _tell_width(block: Block) -> None:
     """Some FFN modules repeat their width in an attribute."""
     for module in block.ffn_modules:
         if hasattr(module, "intermediate_size"):
-            setattr(module, "intermediate_size", block.ffn_out.inputs)  # noqa: B010  (not a submodule, as types have it)
+            setattr(module, "intermediate_size", block.width)  # noqa: B010  (not a submodule, as types have it)

@@ -373,11 +373,13 @@ class _LiveModel:
 
     def make_layer(self: Any, layer_id: int, layer: nn.Module) -> None:
         block = self.live_blocks[layer_id]
-        self.intermediate_size = block.ffn_out.inputs
-        if block.attention is not None:
-            super().make_layer(layer_id, layer)  # type: ignore[misc]
-        else:
+        self.intermediate_size = block.width
+        if block.attention is None:
             self.make_ffn_layer(layer_id, layer)
+        elif not block.has_ffn:
+            self.make_attention_layer(layer_id, layer)
+        else:
+            super().make_layer(layer_id, layer)  # type: ignore[misc]
         self.progress("write graph", layer_id + 1, self.num_layers)
 
     def make_ffn_layer(self: Any, layer_id: int, layer: Any) -> None:
@@ -387,13 +389,31 @@ class _LiveModel:
         norm = getattr(layer, f"{before}_layernorm")
         self.make_layernorm(layer_id, norm, skip=not state["first_layernorm"], simple=state["simple"], location=before)
         self.make_mlp(layer_id, self.get_mlp_module(layer_id, layer), root_input=state["output_0"])
-        if hasattr(layer, "post_feedforward_layernorm"):  # Gemma norms the FFN's output too
-            residual, state["root_input"] = state["root_input"], state["skip_input"]
-            norm = layer.post_feedforward_layernorm
-            self.make_layernorm(layer_id, norm, skip=False, simple=state["simple"], location="post_feedforward")
-            state["root_input"], state["skip_input"] = residual, state["output_0"]
-        state["first_layernorm"] = False
-        state["last_layernorm"] = layer_id == self.num_layers - 1
+        if hasattr(layer, "post_feedforward_layernorm"):  # Gemma norms what the FFN gives, too
+            self.make_norm_of_part(layer_id, layer.post_feedforward_layernorm, "post_feedforward")
+        self.end_layer(layer_id)
+
+    def make_attention_layer(self: Any, layer_id: int, layer: Any) -> None:
+        """A block without FFN: the first norm of the next block adds what the attention leaves in ``skip_input``."""
+        state = self.layernorm_attrs
+        first = state["first_layernorm"]
+        self.make_layernorm(layer_id, layer.input_layernorm, skip=not first, simple=state["simple"], location="input")
+        self.make_attention(layer_id, self.get_attn_module(layer_id, layer), root_input=state["output_0"])
+        if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma norms what the attention gives, too
+            self.make_norm_of_part(layer_id, layer.post_attention_layernorm, "post_attention")
+        self.end_layer(layer_id)
+
+    def make_norm_of_part(self: Any, layer_id: int, norm: nn.Module, location: str) -> None:
+        """Norm what an attention or an FFN gives, before it is added to the residual stream."""
+        state = self.layernorm_attrs
+        residual, state["root_input"] = state["root_input"], state["skip_input"]
+        self.make_layernorm(layer_id, norm, skip=False, simple=state["simple"], location=location)
+        state["root_input"], state["skip_input"] = residual, state["output_0"]
+
+    def end_layer(self: Any, layer_id: int) -> None:
+        """What the builder's own ``make_layer`` notes at its end."""
+        self.layernorm_attrs["first_layernorm"] = False
+        self.layernorm_attrs["last_layernorm"] = layer_id == self.num_layers - 1
 
     def get_attn_module(self: Any, layer_id: int, layer: Any) -> nn.Module:
         return _view(layer.self_attn)

@@ -34,7 +34,26 @@ class Method:
 METHODS: dict[str, Method] = {
     "2ssp": Method(two_ssp.TwoSSPConfig, two_ssp.compress, two_ssp.outline, "2SSP, Sandri et al. 2025"),
     "shortgpt": Method(
-        baselines.ShortGPTConfig, baselines.shortgpt, baselines.shortgpt_outline, "ShortGPT, Men et al. 2024"
+        baselines.SimilarityConfig, baselines.shortgpt, baselines.similarity_outline, "ShortGPT, Men et al. 2024"
+    ),
+    "window": Method(
+        baselines.SimilarityConfig,
+        baselines.window,
+        baselines.similarity_outline,
+        "a window of blocks, Gromov et al. 2024",
+    ),
+    "sleb": Method(baselines.GreedyConfig, baselines.sleb, baselines.sleb_outline, "SLEB, Song et al. 2024"),
+    "blockpruner": Method(
+        baselines.GreedyConfig, baselines.blockpruner, baselines.blockpruner_outline, "BlockPruner, Zhong et al. 2024"
+    ),
+    "magnitude": Method(
+        baselines.ShareConfig, baselines.magnitude, baselines.magnitude_outline, "FFN neurons by weight norm"
+    ),
+    "wanda": Method(
+        baselines.ShareConfig, baselines.wanda, baselines.wanda_outline, "FFN neurons by Wanda, Sun et al. 2024"
+    ),
+    "random": Method(
+        baselines.RandomConfig, baselines.random, baselines.random_outline, "the shape of 2SSP, filled by chance"
     ),
 }
 

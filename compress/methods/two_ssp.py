@@ -16,23 +16,24 @@ candidates left, each from its own block upwards only.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress import budget
-from compress.activations import block_inputs, mean_over_rows
+from compress.activations import neuron_means
 from compress.calibration import TokenRows
 from compress.decoder import Decoder
 from compress.errors import BudgetError, ConfigError
-from compress.evaluate import cross_entropy
-from compress.gating import BlockForwards, starting_at, without_attention
+from compress.gating import BlockForwards
 from compress.layout import layout_of
-from compress.ranking import Removal, remove_greedily, top_indices
+from compress.ranking import top_indices
+from compress.refit import keep_neurons_refitted
 from compress.result import CompressedModel, Report, Run
-from compress.surgery import clone, drop_attention, keep_neurons
+from compress.surgery import clone, cut_ffn, drop_attention, keep_neurons
+from compress.trials import Part, Removals, remove_greedily
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,14 @@ class TwoSSPConfig:
         alpha: balance of the stages; higher removes more attentions. The paper's value is 1.5.
         neuron_norm: norm over tokens that scores a neuron, "l2" (the paper's) or "l1" (its ablation).
         divisor: FFN widths become multiples of it, and the number of attentions makes up the difference.
+        refit: fit each FFN's output anew to the neurons that stay (not in the paper, see compress/refit.py).
     """
 
     sparsity: float
     alpha: float = 1.5
     neuron_norm: str = "l2"
     divisor: int | None = None
+    refit: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
@@ -60,6 +63,8 @@ class TwoSSPConfig:
             raise ConfigError(f"neuron_norm={self.neuron_norm!r} is not known; give 'l2' or 'l1'")
         if self.divisor is not None and (type(self.divisor) is not int or self.divisor < 1):
             raise ConfigError(f"divisor={self.divisor} is not a positive whole number; 64 or 128 suit most kernels")
+        if type(self.refit) is not bool:
+            raise ConfigError(f"refit={self.refit!r} is not true or false")
 
 
 def compress(
@@ -83,26 +88,28 @@ def compress(
     dense = budget.count(model)
     pruned = model if run.consume else clone(model)
     plan = plan_for(model, config)
-    removals: list[Removal] = []
-    forwards = naive = 0
+    removals, forwards = Removals(), 0
     if config.sparsity > 0:
-        scores = neuron_scores(pruned, calibration.tokens, config.neuron_norm, run)
-        keep_neurons(pruned, {b: top_indices(scores[b], width) for b, width in enumerate(plan.widths)})
-        removals, forwards, naive = remove_attentions(pruned, calibration.tokens[:1], plan.attentions, run)
-    now = budget.count(pruned)
+        with BlockForwards(Decoder(pruned)) as stage_1:
+            scores = neuron_scores(pruned, calibration.tokens, config.neuron_norm, run)
+            kept = {b: top_indices(score, plan.widths[b]) for b, score in scores.items()}
+            if config.refit:
+                keep_neurons_refitted(pruned, kept, calibration.tokens, run, "2ssp: least-squares refit")
+            else:
+                keep_neurons(pruned, kept)
+        forwards = stage_1.count
+        removals = remove_attentions(pruned, calibration.tokens[:1], plan.attentions, run)
     numbers = {
-        "attentions_removed": [removal.index for removal in removals],
-        "perplexity_after_removal": [removal.costs[removal.index] for removal in removals],
+        "attentions_removed": removals.blocks("attention"),
+        "perplexity_after_removal": removals.perplexities,
         "ffn_widths": list(plan.widths),
-        "parameters_before": dense.total,
-        "parameters_after": now.total,
-        "sparsity_wanted": config.sparsity,
-        "sparsity_of_blocks": budget.sparsity(dense, now)["blocks"],
-        "sparsity_of_model": budget.sparsity(dense, now)["model"],
-        "stage2_block_forwards": forwards,
-        "stage2_block_forwards_naive": naive,
+        **budget.change(dense, budget.count(pruned), config.sparsity),
+        "block_forwards": forwards + removals.block_forwards,
+        "stage2_block_forwards": removals.block_forwards,
+        "stage2_block_forwards_naive": removals.block_forwards_naive,
     }
-    return CompressedModel(pruned, Report("2ssp", dataclasses.asdict(config), numbers))
+    report = Report("2ssp", dataclasses.asdict(config), numbers, removals.resumed_seconds)
+    return CompressedModel(pruned, report)
 
 
 @dataclass(frozen=True)
@@ -122,10 +129,16 @@ def outline(model: PreTrainedModel, rows: int, config: TwoSSPConfig) -> float:
     if config.sparsity == 0:
         return 0.0
     attending = layout_of(model).attention_blocks
-    keep_neurons(model, {b: torch.arange(width, device=model.device) for b, width in enumerate(plan.widths)})
+    cut_ffn(model, plan.widths)
     if plan.attentions:
         drop_attention(model, attending[: plan.attentions])
-    return rows + (plan.attentions > 0) + sum(len(attending) - k for k in range(plan.attentions)) / 2
+    stage_1 = rows * (3 if config.refit else 1)
+    return stage_1 + (plan.attentions > 0) + trials(len(attending), plan.attentions) / 2
+
+
+def trials(candidates: int, count: int) -> int:
+    """How many trials it takes to remove ``count`` of so many candidates, one after the other."""
+    return sum(candidates - k for k in range(count))
 
 
 def plan_for(model: PreTrainedModel, config: TwoSSPConfig) -> Plan:
@@ -134,7 +147,7 @@ def plan_for(model: PreTrainedModel, config: TwoSSPConfig) -> Plan:
     Raises:
         BudgetError: the target cannot be reached.
     """
-    widths = [block.ffn_out.inputs for block in Decoder(model)]
+    widths = [block.width for block in Decoder(model)]
     return balance(budget.count(model), widths, config) if config.sparsity > 0 else Plan(0, tuple(widths))
 
 
@@ -149,18 +162,21 @@ def balance(dense: budget.Counts, widths: list[int], config: TwoSSPConfig) -> Pl
 
     Source: equation 5; steps 1 to 3 of the algorithm.
     """
-    blocks, attending = len(dense.ffn), [size for size in dense.attention if size]
-    a, f = sum(attending) / len(attending), sum(dense.ffn) / blocks
+    attending, feeding = [size for size in dense.attention if size], [size for size in dense.ffn if size]
+    if not feeding:
+        raise BudgetError("no block has an FFN any more: 2ssp has nothing to cut")
+    a, f = sum(attending) / len(attending), sum(feeding) / len(feeding)
     target = round(config.sparsity * dense.blocks)
-    attentions = round(blocks * config.sparsity ** ((f / a) / config.alpha))
+    attentions = round(len(widths) * config.sparsity ** ((f / a) / config.alpha))
     if attentions * a > target or attentions >= len(attending):
         raise BudgetError(
             f"sparsity {config.sparsity} would remove {attentions} of {len(attending)} attentions, more than the "
             f"target or all of them; raise the sparsity or lower alpha={config.alpha}"
         )
-    kept = _widths(target - attentions * a, f, blocks, widths, config)
+    kept = budget.neurons_to_keep(target - attentions * a, dense.ffn, widths, config.divisor or 1)
     if config.divisor is not None:
-        freed = sum(f * (1 - keep / width) for keep, width in zip(kept, widths, strict=True))
+        sizes = zip(dense.ffn, kept, widths, strict=True)
+        freed = sum(size * (1 - keep / width) for size, keep, width in sizes if width)
         attentions = round((target - freed) / a)
         if not 0 <= attentions < len(attending):
             raise BudgetError(
@@ -170,81 +186,42 @@ def balance(dense: budget.Counts, widths: list[int], config: TwoSSPConfig) -> Pl
     return Plan(attentions, kept)
 
 
-def _widths(ffn_target: float, f: float, blocks: int, widths: list[int], config: TwoSSPConfig) -> tuple[int, ...]:
-    """FFN widths that free ``ffn_target`` parameters over all blocks."""
-    share = round(ffn_target / blocks) / f
-    unit = config.divisor or 1
-    kept = tuple(round(width * (1 - share) / unit) * unit for width in widths)
-    if min(kept) < 1:
-        raise BudgetError(
-            f"sparsity {config.sparsity} cannot be reached: it needs {share:.0%} of every FFN; lower the sparsity"
-        )
-    return tuple(min(keep, width) for keep, width in zip(kept, widths, strict=True))
-
-
-def neuron_scores(model: PreTrainedModel, rows: Tensor, norm: str, run: Run) -> list[Tensor]:
+def neuron_scores(model: PreTrainedModel, rows: Tensor, norm: str, run: Run) -> dict[int, Tensor]:
     """Score the neurons of all blocks from one dense pass per row.
 
     S_b[j] = mean over rows of || z_b[:, j] ||, with z_b (T, F) the input of the block's last FFN linear.
 
     Returns:
-        One tensor (F,) per block, float64.
+        Block index -> one score per neuron (F,), float64; blocks without an FFN are left out.
 
     Source: section 3.1, step 4 of the algorithm.
     """
-    decoder = Decoder(model)
-    points = [block.ffn_out.module for block in decoder]
 
     def statistic(z: Tensor) -> Tensor:
         z = z.float()
         return z.abs().sum(0) if norm == "l1" else z.square().sum(0).sqrt()
 
-    return mean_over_rows(decoder, points, statistic, rows, run, "2ssp stage 1: neuron scores")
+    return neuron_means(Decoder(model), statistic, rows, run, "2ssp stage 1: neuron scores")
 
 
-@torch.no_grad()
-def remove_attentions(model: PreTrainedModel, row: Tensor, count: int, run: Run) -> tuple[list[Removal], int, int]:
+def remove_attentions(model: PreTrainedModel, row: Tensor, count: int, run: Run) -> Removals:
     """Remove attentions greedily by the perplexity of one sequence.
-
-    A trial without the attention of block b starts at block b, with what is known to enter it. After a removal only
-    what enters the blocks above is computed again.
 
     Args:
         model: changed in place.
         row: tokens (1, T).
         count: how many attentions to remove.
-        run: progress and device.
-
-    Returns:
-        The removals; the block forward passes done; what full passes would have needed.
+        run: how to run.
 
     Source: section 3.2, steps 6 and 7 of the algorithm.
     """
     if count == 0:
-        return [], 0, 0
-    decoder = Decoder(model)
-    blocks, candidates = decoder.blocks, layout_of(model).attention_blocks
-    row = row.to(run.device)
-    total = sum(len(candidates) - k for k in range(count))
-    tried = 0
+        return Removals()
+    attending = layout_of(model).attention_blocks
 
-    def perplexity_without(index: int) -> float:
-        nonlocal tried
-        with starting_at(decoder, index, entering[index]), without_attention(blocks[index]):
-            nll = cross_entropy(model(input_ids=row, use_cache=False).logits[0], row[0])
-        tried += 1
-        run.progress("2ssp stage 2: trial removals", tried, total)
-        return float(torch.tensor(nll / (row.shape[1] - 1), dtype=torch.float64).exp())
+    def candidates(gone: Sequence[Part]) -> list[Part]:
+        left = [Part(b, "attention") for b in attending if Part(b, "attention") not in gone]
+        return left if len(gone) < count else []
 
-    def remove(index: int) -> None:
-        blocks[index].remove_attention()
-        if tried == total:
-            return  # no trial will ask what enters the blocks above
-        with starting_at(decoder, index, entering[index]):
-            entering[index + 1 :] = block_inputs(decoder, row)[index + 1 :]
-
-    with BlockForwards(decoder) as forwards:
-        entering = block_inputs(decoder, row)
-        steps = remove_greedily(candidates, count, perplexity_without, remove)
-    drop_attention(model, [step.index for step in steps])
-    return steps, forwards.count, (1 + total) * len(decoder)
+    total = trials(len(attending), count)
+    return remove_greedily(model, row, candidates, run, "2ssp stage 2: trial removals", total)

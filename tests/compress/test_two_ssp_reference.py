@@ -19,6 +19,7 @@ from compress.methods import METHODS, baselines, method_config, two_ssp
 from compress.ranking import top_indices
 from compress.result import CompressedModel, Run
 from compress.surgery import clone, keep_neurons
+from compress.trials import Part
 from tests.conftest import ARCHITECTURES, tiny, token_rows
 from tests.reference import two_ssp as reference
 from tests.reference.test_reference import SHAPES, SPARSITIES
@@ -98,10 +99,11 @@ def test_every_trial_has_the_perplexity_of_a_full_pass(architecture: str) -> Non
     model = clone(tiny(architecture))
     scores = two_ssp.neuron_scores(model, ROWS.tokens, "l2", Run())
     keep_neurons(model, {b: top_indices(scores[b], theirs.I_keep) for b in range(len(scores))})
-    steps, _, _ = two_ssp.remove_attentions(model, ROWS.tokens[:1], theirs.N_attn, Run())
-    assert len(steps) == len(theirs.trials)
-    for step, trial in zip(steps, theirs.trials, strict=True):
-        assert step.costs == pytest.approx(trial, rel=1e-4)
+    removals = two_ssp.remove_attentions(model, ROWS.tokens[:1], theirs.N_attn, Run())
+    assert len(removals.rounds) == len(theirs.trials)
+    for ours, trial in zip(removals.rounds, theirs.trials, strict=True):
+        expected_costs = {Part(b, "attention"): perplexity for b, perplexity in trial.items()}
+        assert ours.costs == pytest.approx(expected_costs, rel=1e-4)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -135,7 +137,7 @@ def test_stage_2_looks_at_the_first_row_only_and_stage_1_at_all() -> None:
 @pytest.mark.parametrize("sparsity", [0.2, 0.3, 0.6])
 def test_block_influence_agrees_on_values_blocks_and_logits(architecture: str, sparsity: float, tokens: str) -> None:
     theirs = reference.shortgpt(tiny(architecture), ROWS.tokens, sparsity, all_tokens=tokens == "all")
-    ours = baselines.shortgpt(tiny(architecture), ROWS, baselines.ShortGPTConfig(sparsity, tokens))
+    ours = baselines.shortgpt(tiny(architecture), ROWS, baselines.SimilarityConfig(sparsity, tokens))
     np.testing.assert_allclose(ours.report.numbers["block_influence"], theirs.influence, atol=1e-6)
     assert ours.report.numbers["blocks_removed"] == sorted(theirs.removed)
     assert_close(logits_of(ours.model)(HELD_OUT), theirs.masked.logits(HELD_OUT))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from compress import sources
 from compress.calibration import windows
+from compress.decoder import Decoder
 from compress.errors import ConfigError, ExportError, LayoutNotSupported, ParityError
 from compress.evaluate import logits_of
+from compress.methods import METHODS, method_config
+from compress.result import CompressedModel
 from compress.sources import Loaded, Origin
-from compress.surgery import drop_attention, keep_neurons
+from compress.surgery import drop_attention, drop_ffn, keep_neurons
 from exporters import Exported, ExportOptions, export, onnx_session, read_export, to_onnx
 from exporters.base import in_dtype
 from exporters.onnx_session import OnnxSession, load_tokenizer
@@ -88,6 +92,99 @@ def test_an_int4_export_decodes_as_it_reads_and_resembles_its_source(model_type:
     operators = {node.op_type for node in onnx.load(str(done.path / "model.onnx"), load_external_data=False).graph.node}
     assert "MatMulNBits" in operators
     assert "MatMul" not in operators
+
+
+def without_ffn(model: PreTrainedModel, ffns: tuple[int, ...], attentions: tuple[int, ...] = ()) -> PreTrainedModel:
+    """FFNs gone, attentions gone, and one FFN narrower than the others where it is left."""
+    if 1 not in ffns:
+        keep_neurons(model, {1: torch.arange(70)})
+    drop_attention(model, attentions)
+    drop_ffn(model, ffns)
+    return model
+
+
+def blockpruned(model_type: str, sparsity: float = 0.4) -> CompressedModel:
+    """What BlockPruner leaves of a tiny model."""
+    return METHODS["blockpruner"].compress(
+        tiny(model_type), token_rows(), method_config("blockpruner", {"sparsity": sparsity})
+    )
+
+
+def assert_exact(parity: Any) -> None:
+    assert parity.max_abs_difference < 1e-4
+    assert parity.decode_max_abs_difference < 1e-4
+    assert parity.argmax_agreement == parity.decode_argmax_agreement == 1.0
+
+
+def ffns_missing(done: Exported) -> list[bool]:
+    return [block["ffn"]["no_op"] for block in read_export(done.path).blocks]
+
+
+@pytest.mark.parametrize("model_type", BUILDABLE)
+@pytest.mark.parametrize(
+    ("ffns", "attentions"),
+    [
+        ((0,), ()),
+        ((4,), ()),
+        ((0, 1), (3, 4)),
+        ((1, 3, 4), (0, 2)),
+        ((0, 1, 2, 3, 4), ()),
+    ],
+    ids=["the first", "the last", "the first two", "every other one", "all of five"],
+)
+def test_blocks_without_an_ffn_compute_what_their_source_does(
+    model_type: str, ffns: tuple[int, ...], attentions: tuple[int, ...], tmp_path: Path
+) -> None:
+    model = without_ffn(tiny(model_type), ffns, attentions)
+    done = exported(model, tmp_path / "x")
+    assert_exact(done.parity)
+    assert ffns_missing(done) == [b in ffns for b in range(len(Decoder(model)))]
+    blocks = read_export(done.path).blocks
+    assert [block["attention"]["no_op"] for block in blocks] == [b in attentions for b in range(len(blocks))]
+    assert [block["ffn"]["intermediate_size"] for block in blocks] == [b.width or None for b in Decoder(model)]
+
+
+@pytest.mark.parametrize("model_type", BUILDABLE)
+def test_what_blockpruner_leaves_is_exported_exactly(model_type: str, tmp_path: Path) -> None:
+    result = blockpruned(model_type)
+    done = exported(result.model, tmp_path / "x")
+    assert_exact(done.parity)
+    assert len(read_export(done.path).blocks) == len(Decoder(result.model))
+    assert ffns_missing(done) == [not block.has_ffn for block in Decoder(result.model)]
+    assert done.parameters == result.report.numbers["parameters_after"]
+
+
+def test_a_block_without_an_ffn_leaves_nothing_of_it_in_the_graph(tmp_path: Path) -> None:
+    done = exported(without_ffn(tiny("llama"), (0, 3), (2,)), tmp_path / "x")
+    graph = onnx.load(str(done.path / "model.onnx"), load_external_data=False).graph
+    names = {node.name for node in graph.node} | {each.name for each in graph.initializer}
+    found = {
+        part: {b for b in range(5) if any(re.search(rf"layers\.{b}[./].*{part}", name) for name in names)}
+        for part in ("mlp", "attn")
+    }
+    assert found == {"mlp": {1, 2, 4}, "attn": {0, 1, 3, 4}}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_an_int4_export_without_ffns_computes_what_one_with_zeroed_ffns_does(model_type: str, tmp_path: Path) -> None:
+    gone = (0, 3, 4)
+    zeroed = without_ffn(tiny(model_type), (), (2,))
+    for b in gone:
+        Decoder(zeroed).blocks[b].ffn_out.module.weight.zero_()
+    done = exported(without_ffn(tiny(model_type), gone, (2,)), tmp_path / "x", "int4")
+    twin = exported(zeroed, tmp_path / "y", "int4")
+    ours, theirs = (OnnxSession(each.path).logits(TOKENS) for each in (done, twin))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert done.parity.decode_max_abs_difference < 1e-4
+    assert ffns_missing(done) == [b in gone for b in range(len(Decoder(zeroed)))]
+    assert done.bytes < 0.8 * twin.bytes
+    operators = {node.op_type for node in onnx.load(str(done.path / "model.onnx"), load_external_data=False).graph.node}
+    assert "MatMulNBits" in operators
+    assert "MatMul" not in operators
+
+
+def test_a_layout_without_ffns_is_checked_without_weights() -> None:
+    to_onnx.check_layout(without_ffn(tiny("llama"), (0, 3), (2,)).to("meta"))
 
 
 @pytest.mark.parametrize(
