@@ -1,9 +1,10 @@
 """How sure a number is: intervals for ratios of paired measurements.
 
-Two kinds of numbers come here. Timings are few and skewed, so the ratio of their medians gets a bootstrap over *pairs*
-of runs (a slow moment of the machine hits both sides of a pair). Perplexities are exponentials of means over windows,
-so their ratio gets Student's t on the *paired* differences of the windows' losses, in which the difficulty of the text
-cancels.
+Three kinds of numbers come here. Timings are few and skewed, so the ratio of their medians gets a bootstrap over
+*pairs* of runs (a slow moment of the machine hits both sides of a pair). Perplexities are exponentials of means over
+windows, so their ratio gets Student's t on the *paired* differences of the windows' losses, in which the difficulty of
+the text cancels. Answers to the items of tasks are right or wrong, so the share of skill that is kept gets a bootstrap
+over *paired* items.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
 
 LEVEL = 0.95
 DRAWS = 10_000
@@ -67,6 +71,66 @@ def bootstrap_of_median(runs: Sequence[float], *, draws: int = DRAWS, seed: int 
     """Interval of the median of one side's runs."""
     chosen = np.random.default_rng(seed).integers(0, len(runs), (draws, len(runs)))
     return _percentiles(np.median(np.asarray(runs, dtype=np.float64)[chosen], axis=1), "bootstrap of the median")
+
+
+def retention(
+    baseline: Sequence[Sequence[bool]],
+    candidate: Sequence[Sequence[bool]],
+    chance: Sequence[float],
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> tuple[float | None, Interval | None]:
+    """Share of the baseline's skill that the candidate keeps; skill is the mean of (accuracy - chance) over tasks.
+
+    The interval is a bootstrap over the items of each task; both sides get the same items. In a draw in which the
+    baseline is not above chance the ratio says nothing, so it counts as minus infinity for the lower end and as
+    infinity for the upper one: when that happens too often, the interval is unbounded.
+
+    Args:
+        baseline: one sequence for each task: whether each item is right.
+        candidate: likewise; item i is the same question on both sides.
+        chance: accuracy of a guess in each task.
+        draws: bootstrap draws.
+        seed: of the draws.
+
+    Returns:
+        The ratio and its interval; None and None when the baseline is not above chance.
+
+    Raises:
+        ValueError: no tasks, a task without items, or sides that differ in tasks or items.
+    """
+    items = [len(task) for task in baseline]
+    if items != [len(task) for task in candidate] or len(items) != len(chance) or not items or 0 in items:
+        raise ValueError(f"{items} baseline items cannot be paired with {[len(task) for task in candidate]}")
+    tasks = [np.array(sides, dtype=np.float64) for sides in zip(baseline, candidate, strict=True)]
+    below, above = np.sum([task.mean(axis=1) - guess for task, guess in zip(tasks, chance, strict=True)], axis=0)
+    if below <= _NO_SKILL:
+        return None, None
+    generator = np.random.default_rng(seed)
+    drawn = [_resampled(task, draws, generator) - guess for task, guess in zip(tasks, chance, strict=True)]
+    below_drawn, above_drawn = np.sum(drawn, axis=0)
+    skilled = below_drawn > _NO_SKILL
+    ratios = above_drawn / np.where(skilled, below_drawn, 1)
+    # No interpolation, which would make NaN of infinities.
+    low = np.percentile(np.where(skilled, ratios, -np.inf), 50 * (1 - LEVEL), method="lower")
+    high = np.percentile(np.where(skilled, ratios, np.inf), 50 * (1 + LEVEL), method="higher")
+    return float(above / below), Interval(float(low), float(high), LEVEL, "bootstrap of items within tasks, paired")
+
+
+_NO_SKILL = 1e-12  # chance is a rounded number: a model that guesses may come out this far above it
+
+
+def _resampled(task: Array, draws: int, generator: np.random.Generator) -> Array:
+    """Accuracies (2, draws) of both sides of a task (2, items) on items drawn with replacement.
+
+    An item is one of four kinds, by which sides are right. How many of each kind a draw holds is multinomial, which
+    costs less than the items themselves.
+    """
+    kinds = np.bincount((2 * task[0] + task[1]).astype(int), minlength=4)
+    counts = generator.multinomial(task.shape[1], kinds / task.shape[1], size=draws)
+    right: Array = np.stack((counts[:, 2] + counts[:, 3], counts[:, 1] + counts[:, 3])) / task.shape[1]
+    return right
 
 
 def exponential_of_mean(values: Sequence[float], method: str) -> Interval | None:

@@ -108,6 +108,8 @@ class Quality:
         kl: mean KL divergence of the candidate from the baseline, nats per token.
         kl_standard_error: of that mean.
         top1_agreement: share of positions where both find the same token the likeliest.
+        flipped: share of tokens that the first choice of one side gets right and that of the other does not; None in
+            records from before it was measured.
         tokens: tokens predicted.
         baseline_window_nll, candidate_window_nll: mean loss of each window, nats per token: the raw runs.
         text_sha256: which text.
@@ -127,6 +129,7 @@ class Quality:
     baseline_window_nll: tuple[float, ...]
     candidate_window_nll: tuple[float, ...]
     text_sha256: str
+    flipped: float | None = None
 
 
 @dataclass(frozen=True)

@@ -174,3 +174,73 @@ def _log_ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times the powers of ten in a range."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [tick for power in powers for factor in (1, 2, 5) if low <= (tick := factor * 10.0**power) <= high]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart: a label, and its points from left to right."""
+
+    label: str
+    points: tuple[tuple[float, float], ...]
+
+
+def curves(title: str, lines: Sequence[Curve], reference: tuple[float, float], ceiling: float) -> Html:
+    """Perplexity against parameters on a log scale, one line per method, as a picture that stands alone.
+
+    Args:
+        title: what the picture shows.
+        lines: parameters and perplexity of each method.
+        reference: parameters and perplexity of the dense model, from which every line starts.
+        ceiling: perplexities above it leave the picture, and their line with them.
+    """
+    left, right, top, bottom = 56, 520, 34, 380
+    widths = _padded(min(x for line in lines for x, _ in line.points), reference[0], 0.04)
+    x, y = _linear(*widths, left, right), _log(reference[1] / 1.25, ceiling, bottom, top)
+    drawn: list[Html] = [tag("style", Html(CURVES_STYLE)), tag("rect", class_="page", width=760, height=430)]
+    for tick in _log_ticks(reference[1] / 1.25, ceiling):
+        drawn.append(tag("line", class_="grid", x1=left, x2=right, y1=y(tick), y2=y(tick)))
+        drawn.append(tag("text", number(tick), x=left - 8, y=y(tick) + 4, text_anchor="end"))
+    for tick in _ticks(*widths, 6):
+        drawn.append(tag("text", number(tick / 1e6), x=x(tick), y=bottom + 20, text_anchor="middle"))
+    drawn.append(tag("line", class_="axis", x1=left, x2=right, y1=bottom, y2=bottom))
+    drawn.append(tag("text", "parameters, millions", x=(left + right) / 2, y=bottom + 40, text_anchor="middle"))
+    drawn.append(tag("text", "perplexity, log scale (lower is better)", x=4, y=16))
+    clip = tag("clipPath", tag("rect", x=left, y=top, width=right - left, height=bottom - top + 4), id="inside")
+    drawn.append(clip)
+    for place, line in enumerate(lines):
+        colour, dashes = PALETTE[place % len(PALETTE)], DASHES[place // len(PALETTE) % len(DASHES)]
+        points = sorted((reference, *line.points), reverse=True)
+        path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
+        stroke = {"stroke": colour, "stroke_dasharray": dashes, "clip_path": "url(#inside)"}
+        drawn.append(tag("polyline", class_="curve", points=path, **stroke))
+        drawn += [tag("circle", cx=x(a), cy=y(b), r=3, fill=colour) for a, b in points if b <= ceiling]
+        level = top + 6 + 21 * place
+        drawn.append(tag("line", class_="curve", x1=538, x2=562, y1=level, y2=level, **stroke | {"clip_path": None}))
+        drawn.append(tag("text", line.label, x=570, y=level + 4))
+    drawn.append(tag("circle", class_="dense", cx=x(reference[0]), cy=y(reference[1]), r=5))
+    drawn.append(tag("text", "dense", x=x(reference[0]) - 9, y=y(reference[1]) + 16, text_anchor="end"))
+    words = "; ".join(
+        f"{line.label}: " + ", ".join(f"{number(a / 1e6)} million {number(b)}" for a, b in line.points)
+        for line in lines
+    )
+    return tag(
+        "svg",
+        tag("title", title),
+        tag("desc", f"dense: {number(reference[0] / 1e6)} million, perplexity {number(reference[1])}; {words}"),
+        join(*drawn),
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox="0 0 760 430",
+        role="img",
+    )
+
+
+PALETTE = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#8f6a00", "#6940a5", "#c4342b", "#64748b")
+DASHES = (None, "6 4")
+CURVES_STYLE = """
+text { font: 13px system-ui, sans-serif; fill: #1f2937; }
+.page { fill: #ffffff; }
+.grid { stroke: #e5e7eb; }
+.axis { stroke: #9ca3af; }
+.curve { fill: none; stroke-width: 2; stroke-linejoin: round; }
+.dense { fill: #ffffff; stroke: #1f2937; stroke-width: 2.5; }
+"""

@@ -25,18 +25,16 @@ def quality(baseline: Logits, candidate: Logits, rows: TokenRows, progress: Prog
     Args:
         baseline: tokens (1, T) to logits (1, T, V).
         candidate: likewise, over the same vocabulary.
-        rows: windows that do not overlap, (N, T).
+        rows: windows (N, T).
         progress: told of each window.
     """
-    windows, length = rows.tokens.shape
-    below, above, kl, agreement = [], [], [], []
+    windows, predicted = len(rows.tokens), rows.predicted
+    below, above, moved = [], [], []
     for done, row in enumerate(rows.tokens.unsqueeze(1), start=1):
         ours, theirs = baseline(row), candidate(row)
-        below.append(cross_entropy(ours[0], row[0]) / (length - 1))
-        above.append(cross_entropy(theirs[0], row[0]) / (length - 1))
-        moved = divergence(_known(ours), _known(theirs), row)
-        kl.append(moved.kl)
-        agreement.append(moved.top1_agreement)
+        below.append(cross_entropy(ours[0], row[0], predicted) / predicted)
+        above.append(cross_entropy(theirs[0], row[0], predicted) / predicted)
+        moved.append(divergence(_known(ours), _known(theirs), row, predicted=predicted))
         progress("quality of both", done, windows)
     differences = list(map(sub, above, below))
     baseline_perplexity, candidate_perplexity = exponential(fmean(below)), exponential(fmean(above))
@@ -48,10 +46,11 @@ def quality(baseline: Logits, candidate: Logits, rows: TokenRows, progress: Prog
         perplexity_ratio=exponential(fmean(differences)),
         ratio_interval=exponential_of_mean(differences, "Student's t on paired window losses"),
         candidate_interval=exponential_of_mean(above, "Student's t on window losses"),
-        kl=fmean(kl),
-        kl_standard_error=standard_error(kl),
-        top1_agreement=fmean(agreement),
-        tokens=windows * (length - 1),
+        kl=fmean(window.kl for window in moved),
+        kl_standard_error=standard_error([window.kl for window in moved]),
+        top1_agreement=fmean(window.top1_agreement for window in moved),
+        flipped=fmean(window.flipped for window in moved),
+        tokens=windows * predicted,
         baseline_window_nll=tuple(below),
         candidate_window_nll=tuple(above),
         text_sha256=rows.sha256,

@@ -1,7 +1,8 @@
-"""Tables of the README, written from committed records: ``python -m benchmarks.readme`` rewrites those that are stale.
+"""Tables and pictures of the documents, made from committed records.
 
-A table stands between ``<!-- measured: begin PATH -->`` and ``<!-- measured: end -->``; PATH is the record, from the
-root of the repository.
+``python -m benchmarks.readme`` writes those anew that are stale. A table stands between
+``<!-- measured: begin PATH [NAME] -->`` and ``<!-- measured: end -->``; PATH is the record, from the root of the
+repository, and NAME says which table of a suite's record. Beside the record of a suite lies its picture.
 """
 
 from __future__ import annotations
@@ -11,22 +12,45 @@ import sys
 from pathlib import Path
 
 from benchmarks import record as records
+from benchmarks import table as suites
 from benchmarks.measures import METRICS
 from benchmarks.record import Record
 from benchmarks.words import MEANINGS, NAMES, headline, number, quantity, times
+from compress.errors import ConfigError
 from compress.files import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
-_BLOCK = re.compile(r"(<!-- measured: begin (\S+) -->\n).*?(<!-- measured: end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- measured: begin (\S+)(?: (\S+))? -->\n).*?(<!-- measured: end -->)", re.DOTALL)
+
+
+def documents(root: Path = ROOT) -> list[Path]:
+    """The documents that may hold measured tables."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
 def with_fresh_tables(text: str, root: Path = ROOT) -> str:
     """A Markdown text with every measured table made anew from its record.
 
     Raises:
-        ConfigError: a record is missing, or was changed by hand.
+        ConfigError: a record is missing, was changed by hand, or has no such table.
     """
-    return _BLOCK.sub(lambda block: block[1] + tables(records.read(root / block[2]), block[2]) + block[3], text)
+    return _BLOCK.sub(lambda block: block[1] + _tables(root, block[2], block[3]) + block[4], text)
+
+
+def _tables(root: Path, source: str, name: str | None) -> str:
+    if name is None:
+        return tables(records.read(root / source), source)
+    table = suites.read(root / source)
+    if name not in suites.GRIDS:
+        raise ConfigError(f"{source} has no table {name!r}; it has {', '.join(suites.GRIDS)}")
+    return suites.GRIDS[name](table).markdown()
+
+
+def pictures(root: Path = ROOT) -> dict[Path, str]:
+    """Path -> SVG of the picture of every committed suite."""
+    found = sorted((root / "benchmarks" / "results").glob("*/*.json"))
+    tables = [path for path in found if records.format_of(path) == suites.FORMAT]
+    return {path.with_suffix(".svg"): suites.chart(suites.read(path)) + "\n" for path in tables}
 
 
 def tables(record: Record, source: str) -> str:
@@ -59,9 +83,11 @@ def tables(record: Record, source: str) -> str:
 
 
 def main() -> int:
-    """Rewrite the README's tables."""
-    path = ROOT / "README.md"
-    write_file(path, with_fresh_tables(path.read_text(encoding="utf-8")))
+    """Write the tables and pictures anew."""
+    for document in documents():
+        write_file(document, with_fresh_tables(document.read_text(encoding="utf-8")))
+    for path, drawn in pictures().items():
+        write_file(path, drawn)
     return 0
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from pydantic import JsonValue, ValidationError
 
@@ -159,12 +159,6 @@ class Record(Strict):
     commands: tuple[str, ...]
     machine: Machine
 
-    def content_id(self) -> str:
-        """Hash of everything but `id`: 16 hexadecimal digits."""
-        content = json.loads(self.model_dump_json(exclude={"id"}))
-        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
     def last_line(self, report: Path) -> dict[str, Any]:
         """The JSON object that a command prints last."""
         content = json.loads(self.model_dump_json())
@@ -182,19 +176,72 @@ class Record(Strict):
         }
 
 
-def write(record: Record, path: Path) -> Record:
-    """Fill in the record's id and write it, whole or not at all; returns the record as written."""
-    sealed = record.model_copy(update={"id": record.content_id()})
-    write_file(path, sealed.model_dump_json(indent=2) + "\n")
-    return sealed
+def content_id(content: Mapping[str, Any]) -> str:
+    """Hash of everything in a record but its `id`: 16 hexadecimal digits."""
+    rest = {key: value for key, value in content.items() if key != "id"}
+    canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+Sealed = TypeVar("Sealed", bound=Strict)
+
+
+def sealed(record: Sealed) -> Sealed:
+    """The record with its id filled in."""
+    return record.model_copy(update={"id": content_id(json.loads(record.model_dump_json()))})
+
+
+def write(record: Sealed, path: Path) -> Sealed:
+    """Fill in a record's id and write it, whole or not at all; returns the record as written."""
+    record = sealed(record)
+    write_file(path, record.model_dump_json(indent=2) + "\n")
+    return record
+
+
+def format_of(path: Path) -> str:
+    """The format that a JSON file says it has; empty where it says none.
+
+    Raises:
+        ConfigError: no such file, or no JSON.
+    """
+    return str(_content(path).get("format", ""))
 
 
 def read(path: Path) -> Record:
+    """Read and check a record of a run or a benchmark; see `read_as`."""
+    return read_as(Record, FORMAT, path)
+
+
+def read_as(schema: type[Sealed], format: str, path: Path) -> Sealed:
     """Read and check a record.
 
+    Args:
+        schema: what it must follow.
+        format: what its `format` must say.
+        path: of the file.
+
     Raises:
-        ConfigError: no such file, no record, another schema version, unknown or missing keys, or edited by hand.
+        ConfigError: no such file, no such record, another schema version, unknown or missing keys, or edited by hand.
     """
+    content = _content(path)
+    if content.get("format") != format:
+        raise ConfigError(f"{path} is not a benchmark record: its format is not {format!r}")
+    if content.get("version") != VERSION:
+        raise ConfigError(
+            f"{path} has schema version {content.get('version')!r}; this foldaway reads version {VERSION}"
+        )
+    try:
+        record = schema.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        raise ConfigError(f"record {path}: {complaint(error)}") from error
+    # As it was written: a schema that has grown since adds keys with defaults.
+    if content.get("id") != content_id(content):
+        raise ConfigError(f"the record {path} was changed after it was written: its content is not that of its id")
+    return record
+
+
+def _content(path: Path) -> Mapping[str, Any]:
+    """The object in a JSON file."""
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -203,16 +250,6 @@ def read(path: Path) -> Record:
         content = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"the record {path} is not JSON: {error}") from error
-    if not isinstance(content, Mapping) or content.get("format") != FORMAT:
-        raise ConfigError(f"{path} is not a benchmark record: its format is not {FORMAT!r}")
-    if content.get("version") != VERSION:
-        raise ConfigError(
-            f"{path} has schema version {content.get('version')!r}; this foldaway reads version {VERSION}"
-        )
-    try:
-        record = Record.model_validate_json(text)
-    except ValidationError as error:
-        raise ConfigError(f"record {path}: {complaint(error)}") from error
-    if record.id != record.content_id():
-        raise ConfigError(f"the record {path} was changed after it was written: its content is not that of its id")
-    return record
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path} is not a benchmark record: it is no JSON object")
+    return content

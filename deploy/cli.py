@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import textwrap
@@ -76,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_bench(commands)
     _add_run(commands)
+    _add_suite(commands)
     _add_show(commands)
     return parser
 
@@ -112,21 +114,36 @@ def _add_compress(commands: Any) -> None:
         "make a model smaller with one method and keep the result as an artifact",
         """
         The model is read, scored on calibration text, cut, and saved to DIR as an artifact: a folder that
-        transformers can load, with a manifest that says how it was made. Methods:
+        transformers can load, with a manifest that says how it was made. Removals one after the other are kept while
+        they are found: the same call goes on where Ctrl-C stopped it. Methods:
 
           2ssp      first the same share of every block's FFN neurons, then whole attentions (Sandri et al. 2025)
             sparsity=S      share of the blocks' parameters to remove, for example 0.25 (needed)
             alpha=1.5       balance: higher removes more attentions
             neuron_norm=l2  how a neuron is scored: l2 or l1
             divisor=N       FFN widths become multiples of N (64 or 128 suit most kernels)
-          shortgpt  the blocks that change their input least (Men et al. 2024)
-            sparsity=S      share of the blocks to remove, rounded up to whole blocks (needed)
-            tokens=last     where a block's influence is taken: last or all
+            refit=false     true: fit each FFN's output anew to the neurons that stay (three times the passes)
+
+        and the peers it is judged against, all with sparsity=S:
+
+          shortgpt     the blocks that change their input least (Men et al. 2024)
+          window       the run of blocks whose end is most like its start (Gromov et al. 2024)
+            tokens=last     both: where hidden states are compared, last or all
+          sleb         one block after the other, by perplexity (Song et al. 2024)
+          blockpruner  attentions and FFNs, one after the other, by perplexity (Zhong et al. 2024)
+            rows=1          both: calibration rows whose perplexity decides
+          magnitude    FFN neurons of small weights
+          wanda        FFN neurons of small weights times activations (after Sun et al. 2024)
+          random       the shape of 2ssp, filled by chance
+            alpha=1.5       as for 2ssp
+            seed=0          of the choice
+
+        docs/choosing.md says which one when.
         """,
         "foldaway compress demo:smollm2 --method 2ssp --set sparsity=0.25 -o smol-25",
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
-    parser.add_argument("--method", metavar="NAME", help="2ssp or shortgpt, see above")
+    parser.add_argument("--method", metavar="NAME", help="2ssp, or one of its peers, see above")
     parser.add_argument(
         "--set",
         action="append",
@@ -158,17 +175,30 @@ def _compress(arguments: argparse.Namespace) -> int:
         return _predict(model, steps, calibration)
     out, device = _output_folder(arguments), _checked_device(arguments.device)
     check_free(out)
+    scratch = out.absolute().with_name(f".{out.name}.scratch")
     with _terminal() as terminal:
         with terminal.working(f"Loading {model}"):
             loaded = load(model)
         manifest = compress_model(
-            loaded, steps, calibration, out, device=device, progress=terminal.progress, consume=True
+            loaded,
+            steps,
+            calibration,
+            out,
+            device=device,
+            progress=terminal.progress,
+            consume=True,
+            scratch=scratch,
         )
+        shutil.rmtree(scratch, ignore_errors=True)  # after an interruption it stays, for the next call
         numbers = manifest.steps[-1].numbers
         terminal.say(
             f"{numbers['parameters_before']:,} -> {numbers['parameters_after']:,} parameters; removed are "
             f"{numbers['sparsity_of_blocks']:.1%} of the blocks, {numbers['sparsity_of_model']:.1%} of the model"
         )
+        for prefix in ("stage2_", ""):
+            if naive := numbers.get(f"{prefix}block_forwards_naive"):
+                made = numbers[f"{prefix}block_forwards"]
+                terminal.say(f"Trials took {made:,} block forward passes, {made / naive:.0%} of what full ones need")
         terminal.say(f"Next: foldaway eval {out} --against {model}")
     return _print({"artifact": manifest.id, "path": str(out), "layout": manifest.layout.kind, **numbers})
 
@@ -227,47 +257,53 @@ def _add_eval(commands: Any) -> None:
         commands,
         "eval",
         _eval,
-        "measure perplexity, and divergence from a baseline, on held-out text",
+        "measure perplexity and zero-shot accuracy, and divergence from a baseline",
         """
-        Perplexity says how well the model predicts the text; lower is better. With --against, the divergence says
-        how far its predictions have moved from the baseline's. An ONNX export is scored through its graph.
+        Perplexity says how well the model predicts held-out text; lower is better. With --tasks, lm-eval asks it
+        multiple-choice questions: from .jsonl files with rows of query, choices and gold, or of context_options,
+        continuation and gold; or tasks of lm-eval's own, by name (those come from a hub).
+
+        With --against, both are measured on the same text and items: the ratio of the perplexities, how far the
+        predictions have moved (KL, first choices), and how much of the baseline's accuracy above chance is kept. An
+        ONNX export is scored through its graph, so that what rounding costs is seen. docs/evaluation.md explains
+        every number.
         """,
-        "foldaway eval smol-25 --against demo:smollm2 --window 1024 --windows 8",
+        "foldaway eval smol-25 --against demo:smollm2 --window 1024 --windows 8 --tasks arc_easy.jsonl --limit 200",
     )
     parser.add_argument("path", metavar="PATH", help=f"an ONNX export, {MODEL_HELP}")
     parser.add_argument("--against", metavar="BASELINE", help="also measure this one, and how far PATH is from it")
     _evaluation(parser)
+    parser.add_argument(
+        "--tasks", nargs="+", default=[], metavar="TASK", help="zero-shot tasks: .jsonl files or lm-eval's names"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="ask the first N items of each task (default: all)")
+    _device(parser)
+    parser.add_argument("-o", "--output", metavar="FILE", help="also write the record there; must not exist yet")
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    import dataclasses
+    from benchmarks.record import write
+    from deploy.evaluation import evaluate
+    from deploy.tables import evaluation_table
 
-    from benchmarks.quality import quality
-    from compress.evaluate import perplexity
-    from deploy.sides import check_comparable, open_side
-    from deploy.steps import evaluation_windows
-
-    spec = _evaluation_spec(arguments)
+    spec, device = _evaluation_spec(arguments), _checked_device(arguments.device)
+    if arguments.output and Path(arguments.output).exists():
+        raise ConfigError(f"{arguments.output} exists already: name another file, or remove it")
     with _terminal() as terminal:
-        with terminal.working(f"Loading {arguments.path}"):
-            side = open_side(arguments.path)
-        rows = evaluation_windows(spec, side.tokenizer, side.context_length)
-        if arguments.against is None:
-            found: dict[str, Any] = dataclasses.asdict(perplexity(side.logits, rows.tokens, terminal.progress))
-            words = f"perplexity {found['value']:.3f} ± {found['standard_error']:.3f} on {found['tokens']:,} tokens"
-        else:
-            with terminal.working(f"Loading {arguments.against}"):
-                baseline = open_side(arguments.against)
-            check_comparable(baseline, side)
-            pair = quality(baseline.logits, side.logits, rows, terminal.progress)
-            found = dataclasses.asdict(pair)
-            words = (
-                f"perplexity {pair.candidate_perplexity:.3f} ± {pair.candidate_standard_error:.3f} against "
-                f"{pair.baseline_perplexity:.3f} ± {pair.baseline_standard_error:.3f}: {pair.perplexity_ratio:.3f} x; "
-                f"KL {pair.kl:.4f} nats a token; same first choice at {pair.top1_agreement:.1%} of the tokens"
-            )
-        terminal.say(words)
-    return _print({"path": arguments.path, "against": arguments.against, "text": rows.record(), **found})
+        found = evaluate(
+            arguments.path,
+            arguments.against,
+            spec,
+            arguments.tasks,
+            limit=arguments.limit,
+            device=device,
+            progress=terminal.progress,
+            command=arguments.command_line,
+        )
+        if arguments.output:
+            write(found, Path(arguments.output))
+        terminal.show(evaluation_table(found))
+    return _print(found.model_dump())
 
 
 # --- export
@@ -543,6 +579,51 @@ def _tell(terminal: Terminal, record: Any, report: Path) -> None:
     terminal.say(f"Report: {report}")
 
 
+# --- suite
+
+
+def _add_suite(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "suite",
+        _suite,
+        "compress one model with many methods and sparsities, and measure all alike",
+        """
+        A suite names a model, methods, sparsities, texts and tasks. Every cell of the table is computed in a process
+        of its own and kept in DIR, so that a suite that was stopped goes on where it was. DIR/record.json is the
+        result; its tables are printed at the end.
+        """,
+        "foldaway suite benchmarks/suites/quality.yaml --data DIR -o runs/quality",
+    )
+    parser.add_argument("suite", metavar="SUITE", help="a YAML file; docs/formats.md describes it")
+    parser.add_argument("--data", metavar="DIR", help="folder with the texts and tasks that the suite names")
+    parser.add_argument("--profile", default="cpu", metavar="NAME", help="how much of everything (default cpu)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells side by side, sharing the cores")
+    parser.add_argument("--cell", metavar="NAME", help="compute this cell alone, in this process")
+    _device(parser)
+    _output(parser, "the suite's folder; run again with the same one to go on where it stopped")
+
+
+def _suite(arguments: argparse.Namespace) -> int:
+    from deploy.suite import SuiteRun
+
+    with _terminal() as terminal:
+        run = SuiteRun(
+            Path(arguments.suite),
+            _output_folder(arguments),
+            data=Path(arguments.data) if arguments.data else None,
+            profile=arguments.profile,
+            device=_checked_device(arguments.device),
+            jobs=arguments.jobs,
+            say=terminal.say,
+        )
+        if arguments.cell is not None:
+            cell = run.compute(arguments.cell, terminal.progress)
+            return _print({"cell": arguments.cell, "perplexity": cell.perplexity.value, "accuracy": cell.accuracy})
+        table = run.run(terminal.progress)
+    return _print({"record": str(run.root / "record.json"), "id": table.id, "cells": len(table.cells)})
+
+
 # --- show
 
 
@@ -601,12 +682,24 @@ def _evaluation(parser: Any) -> None:
     parser.add_argument("--text", default="builtin", metavar="SOURCE", help=f"held-out text: {TEXT_HELP}")
     parser.add_argument("--window", type=int, default=2048, metavar="TOKENS", help="tokens per window (default 2048)")
     parser.add_argument("--windows", type=int, metavar="N", help="how many windows (default: all of the text)")
+    parser.add_argument(
+        "--stride",
+        type=int,
+        metavar="TOKENS",
+        help="let windows overlap: a new one starts every so many tokens, and predicts its last so many",
+    )
 
 
 def _evaluation_spec(arguments: argparse.Namespace) -> Any:
     from deploy.recipe import EvaluationSpec
 
-    return _checked(EvaluationSpec, source=arguments.text, window=arguments.window, windows=arguments.windows)
+    return _checked(
+        EvaluationSpec,
+        source=arguments.text,
+        window=arguments.window,
+        windows=arguments.windows,
+        stride=arguments.stride,
+    )
 
 
 def _checked(schema: Any, **values: Any) -> Any:

@@ -116,7 +116,7 @@ def server(path: str, log: Path) -> Iterator[tuple[int, str]]:
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
-            env=_environment(),
+            env=child_environment(),
             start_new_session=True,
         )
         try:
@@ -126,7 +126,7 @@ def server(path: str, log: Path) -> Iterator[tuple[int, str]]:
             _stop(process)
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """The child finds the same packages as this process, and asks for no key that our client does not have."""
     root = str(Path(__file__).resolve().parent.parent)
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]

@@ -115,7 +115,14 @@ class Pipeline:
             loaded = load(parent) if consume else self._dense()
             steps = [(method, options)]
             compress_model(
-                loaded, steps, calibration, path, device=self.device, progress=self.progress, consume=consume
+                loaded,
+                steps,
+                calibration,
+                path,
+                device=self.device,
+                progress=self.progress,
+                consume=consume,
+                scratch=self.work.root / "scratch",
             )
 
         return self.work.folder(stage, inputs, make)
@@ -148,7 +155,9 @@ class Pipeline:
         def compute() -> dict[str, Any]:
             loaded = self._dense() if name == self.recipe.model else load(name)
             loaded.model.to(self.device)  # type: ignore[arg-type]
-            return dataclasses.asdict(perplexity(logits_of(loaded.model), self._windows(loaded).tokens, self.progress))
+            rows = self._windows(loaded)
+            found = perplexity(logits_of(loaded.model), rows.tokens, self.progress, predicted=rows.predicted)
+            return dataclasses.asdict(found)
 
         found = self.work.result(stage, inputs, compute)
         return Perplexity(**{**found, "window_nll": tuple(found["window_nll"])})

@@ -62,11 +62,16 @@ class StepSpec(Strict):
 
 
 class EvaluationSpec(Strict):
-    """The windows that perplexity is measured on; ``windows: null`` takes all of the text."""
+    """The windows that perplexity is measured on.
+
+    ``windows: null`` takes all of the text. With a ``stride`` windows overlap, and only its last so many tokens of each
+    are predicted.
+    """
 
     source: str = "builtin"
     window: int = Field(default=2048, ge=2)
     windows: int | None = Field(default=None, ge=1)
+    stride: int | None = Field(default=None, ge=1)
 
 
 class ExportSpec(Strict):

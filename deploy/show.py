@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import evaluation, table
 from benchmarks import record as records
+from benchmarks.evaluation import Evaluation
+from benchmarks.record import Record
+from benchmarks.table import Table
 from benchmarks.words import gains_and_losses, headline
 from compress import artifact
 from compress.errors import ConfigError
@@ -24,8 +28,7 @@ def describe(path: Path) -> tuple[str, list[str], dict[str, Any]]:
         ConfigError: it is nothing of ours.
     """
     if path.is_file():
-        record = records.read(path)
-        return "record", [record.title, *outcome(record)], json.loads(record.model_dump_json())
+        return _describe_record(path)
     if artifact.is_artifact(path):
         manifest = artifact.verify(path)
         return "artifact", _artifact_lines(manifest), json.loads(manifest.model_dump_json())
@@ -39,6 +42,21 @@ def describe(path: Path) -> tuple[str, list[str], dict[str, Any]]:
         ]
         return "export", words, json.loads(export.model_dump_json())
     raise ConfigError(f"{path} is no artifact, export or record of foldaway's")
+
+
+def _describe_record(path: Path) -> tuple[str, list[str], dict[str, Any]]:
+    """A record of a run or a benchmark, an evaluation, or a suite's table."""
+    found: Record | Evaluation | Table
+    kind = records.format_of(path)
+    if kind == evaluation.FORMAT:
+        found = evaluation.read(path)
+        return "evaluation", evaluation.outcome(found), json.loads(found.model_dump_json())
+    if kind == table.FORMAT:
+        found = table.read(path)
+        words = [f"{found.title} on {found.model.name}, profile {found.profile}: {len(found.cells)} cells"]
+        return "table", words, json.loads(found.model_dump_json())
+    found = records.read(path)
+    return "record", [found.title, *outcome(found)], json.loads(found.model_dump_json())
 
 
 def _artifact_lines(manifest: artifact.Manifest) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.tasks import Scorer, logits_scorer, torch_scorer
 from compress import budget
 from compress.calibration import context_length_of
 from compress.errors import ConfigError
@@ -24,6 +25,7 @@ class Side:
         path: an export, an artifact or a model, as it would be given to ``foldaway serve``.
         origin: of the model behind it.
         logits: whole forward passes.
+        scorer: continuations of a prefix, for zero-shot tasks.
         parameters: distinct parameters.
         size_bytes: graph and weights on disk, or in memory where the source is not a folder of its own.
         session: the ONNX session, for an export.
@@ -35,6 +37,7 @@ class Side:
     path: str
     origin: Origin
     logits: Logits
+    scorer: Scorer
     parameters: int
     size_bytes: int
     session: OnnxSession | None
@@ -43,23 +46,26 @@ class Side:
     context_length: int
 
 
-def open_side(path: str) -> Side:
-    """Open an export, an artifact or a model."""
+def open_side(path: str, device: str = "cpu") -> Side:
+    """Open an export, an artifact or a model; PyTorch computes on `device`, an ONNX export on the CPU."""
     record = read_export(path) if is_export(path) else None
     if record is not None and record.to == "onnx":
         session = OnnxSession(path)
         form = f"{record.options.dtype} ONNX"
         tokenizer, context = load_tokenizer(path), session.context_length
         origin, size = _origin(record), record.bytes
-        return Side(path, origin, session.logits, record.parameters, size, session, form, tokenizer, context)
+        scorer = logits_scorer(session.logits)
+        return Side(path, origin, session.logits, scorer, record.parameters, size, session, form, tokenizer, context)
     loaded = load(path)
+    loaded.model.to(device)  # type: ignore[arg-type]
     tensors = {id(p): p.numel() * p.element_size() for p in loaded.model.parameters()}
     weights = list(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
     size = sum(file.stat().st_size for file in weights) or sum(tensors.values())
     form = form_of(loaded.model)
     origin = _origin(record) if record is not None else loaded.origin
     parameters, context = budget.count(loaded.model).total, context_length_of(loaded.model)
-    return Side(path, origin, logits_of(loaded.model), parameters, size, None, form, loaded.tokenizer, context)
+    logits, scorer = logits_of(loaded.model), torch_scorer(loaded.model)
+    return Side(path, origin, logits, scorer, parameters, size, None, form, loaded.tokenizer, context)
 
 
 def form_of(model: PreTrainedModel) -> str:

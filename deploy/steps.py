@@ -26,6 +26,7 @@ def compress_model(
     device: str,
     progress: Progress,
     consume: bool,
+    scratch: Path | None = None,
 ) -> artifact.Manifest:
     """Apply methods to a model, one after the other, and save the artifact.
 
@@ -37,6 +38,7 @@ def compress_model(
         device: where the forward passes run.
         progress: told of each step.
         consume: the model given is not needed any more.
+        scratch: where an interrupted call leaves what the next one goes on from.
     """
     origin, taken, parent = artifact.ancestry(loaded)
     model = loaded.model
@@ -52,7 +54,7 @@ def compress_model(
             model=model,
             progress=progress,
         )
-        run = Run(progress=progress, device=device, consume=consume or place > 0)
+        run = Run(progress=progress, device=device, scratch=scratch, consume=consume or place > 0)
         compressed = METHODS[method].compress(model, rows, config, run)
         model, report = compressed.model, compressed.report
         taken.append(
@@ -69,4 +71,11 @@ def compress_model(
 
 def evaluation_windows(spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase, context_length: int) -> TokenRows:
     """The windows that perplexity is measured on."""
-    return windows(spec.source, tokenizer, length=spec.window, count=spec.windows, context_length=context_length)
+    return windows(
+        spec.source,
+        tokenizer,
+        length=spec.window,
+        count=spec.windows,
+        stride=spec.stride,
+        context_length=context_length,
+    )

@@ -10,6 +10,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.table import Table
 
 from compress.result import Progress
 
@@ -44,6 +45,10 @@ class Terminal:
     def say(self, text: str) -> None:
         """One line of words; markup is not interpreted."""
         self.console.print(text, markup=False, soft_wrap=True)
+
+    def show(self, table: Table) -> None:
+        """A table."""
+        self.console.print(table)
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:

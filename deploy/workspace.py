@@ -53,9 +53,16 @@ class Workspace:
             make(path)
         return path
 
+    def has(self, stage: str, inputs: Mapping[str, Any]) -> bool:
+        """Whether a stage whose result is JSON is done."""
+        return self._file(stage, inputs).is_file()
+
+    def _file(self, stage: str, inputs: Mapping[str, Any]) -> Path:
+        return self.root / f"{stage}-{digest(inputs)}.json"
+
     def result(self, stage: str, inputs: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A stage whose result is JSON."""
-        path = self.root / f"{stage}-{digest(inputs)}.json"
+        path = self._file(stage, inputs)
         if path.is_file():
             self._skip(stage)
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

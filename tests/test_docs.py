@@ -12,18 +12,36 @@ from typing import get_args, get_type_hints
 import pytest
 from pydantic import BaseModel
 
+from benchmarks import evaluation as evaluations
+from benchmarks import table as tables
+from benchmarks.evaluation import Evaluation
 from benchmarks.gate import GateFile, Limit, read_gate
 from benchmarks.record import Record
 from benchmarks.record import read as read_record
+from benchmarks.table import Table
 from compress.artifact import Manifest, identity, read_manifest
+from compress.schema import read_yaml
 from deploy.cli import build_parser
 from deploy.recipe import Recipe, read_recipe
+from deploy.suite import Suite
 from exporters.base import ExportRecord, read_export
+
+LEANS_ON = {"evaluation": ("record",), "table": ("record", "evaluation")}
+"""Sections that send the reader to others for what they share."""
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMATS = (ROOT / "docs" / "formats.md").read_text("utf-8")
 README = (ROOT / "README.md").read_text("utf-8")
-SCHEMAS = {"recipe": Recipe, "gate": GateFile, "manifest": Manifest, "export": ExportRecord, "record": Record}
+SCHEMAS = {
+    "recipe": Recipe,
+    "gate": GateFile,
+    "manifest": Manifest,
+    "export": ExportRecord,
+    "record": Record,
+    "evaluation": Evaluation,
+    "suite": Suite,
+    "table": Table,
+}
 
 
 def example(name: str) -> str:
@@ -81,13 +99,27 @@ def test_the_example_of_a_record_is_read_and_was_not_changed_by_hand(tmp_path: P
     assert read_record(tmp_path / "record.json").artifacts["candidate"] == json.loads(example("manifest"))["id"]
 
 
+def test_the_example_of_an_evaluation_is_read_and_was_not_changed_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(example("evaluation"))
+    assert evaluations.read(tmp_path / "evaluation.json").retention
+
+
+def test_the_example_of_a_table_is_read_and_fills_the_example_of_a_suite(tmp_path: Path) -> None:
+    (tmp_path / "suite.yaml").write_text(example("suite"))
+    (tmp_path / "record.json").write_text(example("table"))
+    suite, table = read_yaml(tmp_path / "suite.yaml", Suite, "suite"), tables.read(tmp_path / "record.json")
+    asked = [(method.label, sparsity) for method in suite.methods for sparsity in suite.sparsities]
+    assert [(cell.label, cell.sparsity) for cell in table.cells] == asked
+
+
 @pytest.mark.parametrize("name", sorted(SCHEMAS))
 def test_every_key_of_a_format_is_described(name: str) -> None:
-    written = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`]+`", section(name).replace("```", "")))))
+    described = "".join(section(each) for each in (name, *LEANS_ON.get(name, ())))
+    written = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`]+`", described.replace("```", "")))))
     assert not sorted(keys_of(SCHEMAS[name]) - written)
 
 
-@pytest.mark.parametrize("name", ["manifest", "export", "record"])
+@pytest.mark.parametrize("name", ["manifest", "export", "record", "evaluation", "table"])
 def test_an_example_shows_every_key_at_the_top(name: str) -> None:
     assert set(json.loads(example(name))) == set(SCHEMAS[name].model_fields)
 

@@ -237,7 +237,7 @@ def test_the_code_that_a_model_brings_is_never_run(
     assert main(["export", str(model), "--to", "hf", "--check-tokens", "16", "-o", str(tmp_path / "hf")]) == 0
     assert main(["eval", str(tmp_path / "hf"), "--window", "32", "--windows", "1"]) == 0
     assert not (tmp_path / "ran").exists()
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["standard_error"] is None
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["subject"]["perplexity"]["standard_error"] is None
 
 
 def test_a_file_that_the_manifest_does_not_name_is_refused(

@@ -1,0 +1,236 @@
+"""What a suite found out: one record with a cell for every method and sparsity, and the dense model for reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Final, Literal
+
+from pydantic import JsonValue
+
+from benchmarks.intervals import Interval, exponential, exponential_of_mean, retention
+from benchmarks.machine import Machine
+from benchmarks.markup import Html
+from benchmarks.plots import Curve, curves
+from benchmarks.record import VERSION, Model, read_as
+from benchmarks.tasks import TaskScore
+from benchmarks.words import number, times, with_error
+from compress.evaluate import Perplexity
+from compress.schema import Strict
+
+FORMAT: Final = "foldaway-table"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one sparsity with one calibration.
+
+    Attributes:
+        label: of the method in tables; "dense" for the model as it came.
+        method: its name; None for the dense model.
+        options: of the method.
+        sparsity: asked for.
+        calibration: rows that were looked at: source, hash, size and seed; None for the dense model.
+        parameters: distinct weights.
+        layout: "plain" or "ragged".
+        perplexity: on the evaluation text, with standard error and window losses.
+        tasks: zero-shot accuracies; empty where they were not asked for.
+        compression_seconds: of the method alone, without loading; None for the dense model.
+        peak_rss_bytes: of a process that loads the model and compresses it.
+        numbers: the method's own report.
+    """
+
+    label: str
+    method: str | None
+    options: Mapping[str, JsonValue]
+    sparsity: float
+    calibration: Mapping[str, JsonValue] | None
+    parameters: int
+    layout: str
+    perplexity: Perplexity
+    tasks: tuple[TaskScore, ...]
+    compression_seconds: float | None
+    peak_rss_bytes: int
+    numbers: Mapping[str, JsonValue]
+
+    @property
+    def accuracy(self) -> float | None:
+        """Mean accuracy over the tasks."""
+        return sum(task.acc for task in self.tasks) / len(self.tasks) if self.tasks else None
+
+
+class Table(Strict):
+    """A suite's record.
+
+    Attributes:
+        id: hash of the rest of the record.
+        created: ISO 8601, UTC.
+        title: the suite's name.
+        model: the dense model.
+        profile: name of the size that was run.
+        settings: that size: calibration rows and length, windows, items per task, device.
+        jobs: cells that were computed side by side; each had its share of the cores, so their seconds are comparable
+            with each other only.
+        texts: logical name -> hash of the text.
+        dense: the model as it came.
+        cells: methods and sparsities.
+        calibrations: one method and sparsity with other calibration texts.
+        commands: that repeat this.
+        machine: where.
+    """
+
+    format: Literal["foldaway-table"] = FORMAT
+    version: Literal[1] = VERSION
+    id: str = ""
+    created: str
+    title: str
+    model: Model
+    profile: str
+    settings: dict[str, JsonValue]
+    jobs: int
+    texts: dict[str, str]
+    dense: Cell
+    cells: tuple[Cell, ...]
+    calibrations: tuple[Cell, ...]
+    commands: tuple[str, ...]
+    machine: Machine
+
+
+def read(path: Path) -> Table:
+    """Read and check a suite's record; raises ConfigError as `benchmarks.record.read_as` does."""
+    return read_as(Table, FORMAT, path)
+
+
+def retention_of(dense: Sequence[TaskScore], cell: Sequence[TaskScore]) -> tuple[float | None, Interval | None]:
+    """Share of the dense model's skill above chance that a cell keeps; see `benchmarks.intervals.retention`."""
+    ours, theirs = ([task.right for task in tasks] for tasks in (dense, cell))
+    return retention(ours, theirs, [task.chance for task in dense])
+
+
+# --- What a person reads: headers and rows of strings
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of strings."""
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        lines = [self.headers, tuple("---" for _ in self.headers), *self.rows]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def perplexity_grid(table: Table) -> Grid:
+    """Perplexity with its standard error, one row per method."""
+    return _grid(table, "perplexity", lambda cell: with_error(cell.perplexity.value, cell.perplexity.standard_error))
+
+
+def ratio_grid(table: Table) -> Grid:
+    """Perplexity of each method over that of the first one, with an interval from the paired windows."""
+    first = {cell.sparsity: cell for cell in table.cells if cell.label == table.cells[0].label}
+
+    def ratio(cell: Cell) -> str:
+        pairs = zip(cell.perplexity.window_nll, first[cell.sparsity].perplexity.window_nll, strict=True)
+        differences = [theirs - ours for theirs, ours in pairs]
+        interval = exponential_of_mean(differences, "Student's t on paired window losses")
+        value = times(exponential(fmean(differences)))
+        return value if interval is None else f"{value} ({number(interval.low)} to {number(interval.high)})"
+
+    others = [cell for cell in table.cells if cell.label != table.cells[0].label]
+    return _grid(table, f"perplexity / that of {table.cells[0].label}", ratio, others, dense=False)
+
+
+def accuracy_grid(table: Table) -> Grid:
+    """Mean accuracy over the tasks, and the share of the dense model's skill above chance that is kept."""
+
+    def accuracy(cell: Cell) -> str:
+        if cell.accuracy is None:
+            return "-"
+        kept, interval = retention_of(table.dense.tasks, cell.tasks)
+        if kept is None or interval is None or cell.method is None:
+            return f"{cell.accuracy:.1%}"
+        return f"{cell.accuracy:.1%}, keeps {100 * kept:.0f} ({100 * interval.low:.0f} to {100 * interval.high:.0f})"
+
+    return _grid(table, "mean accuracy", accuracy)
+
+
+def task_grid(table: Table, sparsity: float) -> Grid:
+    """Accuracy on each task at one sparsity."""
+    names = [task.name for task in table.dense.tasks]
+    cells = [table.dense, *(cell for cell in table.cells if cell.sparsity == sparsity)]
+    rows = tuple(
+        (cell.label, *(f"{100 * task.acc:.1f} ± {100 * task.acc_standard_error:.1f}" for task in cell.tasks))
+        for cell in cells
+    )
+    return Grid((f"accuracy in %, at {sparsity:.1%}", *names), rows)
+
+
+def cost_grid(table: Table) -> Grid:
+    """What compressing takes: seconds, block forward passes, and the peak of memory over all sparsities."""
+
+    def cost(cell: Cell) -> str:
+        return f"{cell.compression_seconds:,.0f} s, {cell.numbers['block_forwards']:,} blocks"
+
+    grid = _grid(table, "compression", cost, dense=False)
+    peaks = {label: max(c.peak_rss_bytes for c in table.cells if c.label == label) for label in _labels(table.cells)}
+    rows = tuple((*row, f"{peaks[row[0]] / 1e9:.2f} GB") for row in grid.rows)
+    return Grid((*grid.headers, "peak memory"), rows)
+
+
+def calibration_grid(table: Table) -> Grid:
+    """One method and sparsity, calibrated in several ways."""
+    rows = tuple(
+        (
+            str((cell.calibration or {}).get("source")),
+            str((cell.calibration or {}).get("seed")),
+            with_error(cell.perplexity.value, cell.perplexity.standard_error),
+        )
+        for cell in table.calibrations
+    )
+    return Grid(("calibration text", "seed", "perplexity"), rows)
+
+
+GRIDS: dict[str, Callable[[Table], Grid]] = {
+    "perplexity": perplexity_grid,
+    "ratio": ratio_grid,
+    "accuracy": accuracy_grid,
+    "cost": cost_grid,
+    "calibration": calibration_grid,
+}
+"""The tables of a record, by the name that documents ask for them with."""
+
+
+def chart(table: Table) -> Html:
+    """Perplexity against remaining parameters, one line per method."""
+    lines = [
+        Curve(label, tuple((c.parameters, c.perplexity.value) for c in table.cells if c.label == label))
+        for label in _labels(table.cells)
+    ]
+    dense = (table.dense.parameters, table.dense.perplexity.value)
+    return curves(f"{table.title}: {table.model.name}", lines, dense, CHART_CEILING * dense[1])
+
+
+CHART_CEILING = 200.0
+"""Times the dense perplexity: beyond it a model is broken, and how badly says nothing."""
+
+
+def _grid(
+    table: Table, corner: str, text: Callable[[Cell], str], cells: Sequence[Cell] | None = None, *, dense: bool = True
+) -> Grid:
+    """One row per method and one column per sparsity, behind the dense model if it has something to say."""
+    cells = table.cells if cells is None else cells
+    sparsities = sorted({cell.sparsity for cell in cells})
+    by_place = {(cell.label, cell.sparsity): cell for cell in cells}
+    rows = [(label, *(text(by_place[label, s]) for s in sparsities)) for label in _labels(cells)]
+    if dense:
+        rows.insert(0, ("dense", text(table.dense), *([""] * (len(sparsities) - 1))))
+    return Grid((corner, *(f"{s:.1%}" for s in sparsities)), tuple(rows))
+
+
+def _labels(cells: Sequence[Cell]) -> list[str]:
+    return list(dict.fromkeys(cell.label for cell in cells))

@@ -1,0 +1,434 @@
+"""A suite: many methods and sparsities on one model, each measured alike, into one record.
+
+Every cell is computed in a process of its own, so that its peak of memory is its own, and leaves its result under a
+name that holds the hash of what went into it: a suite that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, JsonValue, TypeAdapter, model_validator
+
+from benchmarks import record as records
+from benchmarks import tasks
+from benchmarks.machine import machine
+from benchmarks.memory import PeakMemory
+from benchmarks.record import Model
+from benchmarks.table import Cell, Table
+from benchmarks.tasks import TaskScore
+from compress import budget
+from compress.artifact import write_model
+from compress.calibration import TokenRows, context_length_of, draw, windows
+from compress.errors import ConfigError, FoldawayError
+from compress.evaluate import Perplexity, logits_of, perplexity
+from compress.files import new_folder, sha256_of
+from compress.layout import layout_of
+from compress.methods import METHODS, method_config
+from compress.result import Progress, Run
+from compress.schema import Strict, read_yaml
+from compress.sources import Loaded, fingerprint, load, skeleton
+from compress.text import text_hash
+from deploy.bench import now
+from deploy.comparison import child_environment
+from deploy.workspace import Workspace
+from exporters.base import installed_versions
+
+CELL = TypeAdapter(Cell)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class MethodSpec(Strict):
+    """One row of the table."""
+
+    label: str
+    method: str
+    set: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+class DrawSpec(Strict):
+    """One source of calibration text, and the seeds to draw from it with."""
+
+    source: str
+    seeds: tuple[int, ...] = (0,)
+
+
+class CalibrationsSpec(Strict):
+    """One method and sparsity, calibrated in several ways."""
+
+    label: str
+    sparsity: float
+    draws: tuple[DrawSpec, ...] = Field(min_length=1)
+
+
+class Profile(Strict):
+    """How much of everything (None takes all), and what the model computes in."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    rows: int = Field(ge=1)
+    length: int = Field(ge=2)
+    window: int = Field(ge=2)
+    windows: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+
+
+class Suite(Strict):
+    """What to measure. Texts and tasks have logical names, and paths below the data folder."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: str
+    texts: dict[str, str] = Field(default_factory=dict)
+    tasks: dict[str, str] = Field(default_factory=dict)
+    calibration: str
+    evaluation: str
+    sparsities: tuple[float, ...] = Field(min_length=1)
+    methods: tuple[MethodSpec, ...] = Field(min_length=1)
+    calibrations: CalibrationsSpec | None = None
+    profiles: dict[str, Profile] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _can_be_run(self) -> Suite:
+        labels = [method.label for method in self.methods]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"methods: two have the label {max(labels, key=labels.count)!r}")
+        for method in self.methods:
+            for sparsity in self.sparsities:
+                method_config(method.method, {**method.set, "sparsity": sparsity})
+        if self.evaluation == self.calibration:
+            raise ValueError("evaluation: a model is not judged on the text that it was calibrated on")
+        if self.calibrations is not None and self.calibrations.label not in labels:
+            raise ValueError(f"calibrations: no method has the label {self.calibrations.label!r}")
+        return self
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One cell to compute: a method at a sparsity, calibrated on a source; no method for the dense model."""
+
+    label: str
+    spec: MethodSpec | None
+    sparsity: float
+    source: str
+    seed: int
+    with_tasks: bool
+
+    @property
+    def name(self) -> str:
+        """In words, and as a file name."""
+        if self.spec is None:
+            return "dense"
+        words = "".join(c if c.isalnum() else "-" for c in self.label.lower())
+        calibrated = "" if self.with_tasks else f"-{self.source}-{self.seed}"
+        return f"{words}-{self.sparsity}{calibrated}"
+
+
+class SuiteRun:
+    """One run of a suite in a folder."""
+
+    def __init__(
+        self,
+        file: Path,
+        root: Path,
+        *,
+        data: Path | None,
+        profile: str,
+        device: str,
+        jobs: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.file, self.root, self.data, self.device, self.jobs, self.say = file, root, data, device, jobs, say
+        self.suite = read_yaml(file, Suite, "suite")
+        if profile not in self.suite.profiles:
+            raise ConfigError(f"{file} has no profile {profile!r}; it has {', '.join(self.suite.profiles)}")
+        if jobs < 1:
+            raise ConfigError(f"--jobs {jobs}: give 1 or more")
+        self.profile_name, self.profile = profile, self.suite.profiles[profile]
+        sources = {self.suite.calibration, *(job.source for job in self._all_jobs())}
+        self.hashes = {source: text_hash(self._text(source), "calibration") for source in sorted(sources)}
+        self.hashes[self.suite.evaluation] = text_hash(self._text(self.suite.evaluation), "evaluation")
+        self.task_files = {name: str(self._path(path)) for name, path in self.suite.tasks.items()}
+        self.task_hashes = {name: sha256_of(Path(path)) for name, path in self.task_files.items()}
+        self.model_hash = fingerprint(self.suite.model)
+        self.work = Workspace(root)
+
+    # --- What there is to do
+
+    def _all_jobs(self) -> list[_Job]:
+        suite = self.suite
+        jobs = [_Job("dense", None, 0.0, suite.calibration, 0, True)]
+        for method in suite.methods:
+            jobs += [_Job(method.label, method, s, suite.calibration, 0, True) for s in sorted(suite.sparsities)]
+        if suite.calibrations is not None:
+            label, sparsity = suite.calibrations.label, suite.calibrations.sparsity
+            (method,) = (each for each in suite.methods if each.label == label)
+            for drawn in suite.calibrations.draws:
+                jobs += [_Job(label, method, sparsity, drawn.source, seed, False) for seed in drawn.seeds]
+        return jobs
+
+    def _path(self, below: str) -> Path:
+        if self.data is None:
+            raise ConfigError(f"{self.file} names files of a data folder ({below}): say where it is with --data DIR")
+        path = self.data / below
+        if not path.resolve().is_relative_to(self.data.resolve()):
+            raise ConfigError(f"{self.file}: {below} lies outside the data folder")
+        if not path.is_file():
+            raise ConfigError(f"{self.file}: there is no {below} in {self.data}")
+        return path
+
+    def _text(self, name: str) -> str:
+        """The source behind a logical name."""
+        return str(self._path(self.suite.texts[name])) if name in self.suite.texts else name
+
+    def _inputs(self, job: _Job) -> dict[str, Any]:
+        """What a cell depends on."""
+        profile = self.profile
+        inputs: dict[str, Any] = {
+            "versions": installed_versions(),
+            "model": self.model_hash,
+            "method": job.spec and job.spec.model_dump(exclude={"label"}),
+            "sparsity": job.sparsity,
+            "evaluation": [self.hashes[self.suite.evaluation], profile.window, profile.windows],
+            "tasks": [self.task_hashes, profile.limit] if job.with_tasks else None,
+            "computed": [profile.dtype, self.device],
+        }
+        if job.spec is not None:
+            inputs["calibration"] = [self.hashes[job.source], profile.rows, profile.length, job.seed]
+        return inputs
+
+    # --- All cells
+
+    def run(self, progress: Progress) -> Table:
+        """Compute what is left to compute, side by side, and write the record."""
+        self._prepare()
+        todo = self._all_jobs()
+        groups: dict[str, list[_Job]] = {}
+        for job in todo:
+            # A greedy removal goes on from the rounds of a milder one, so the cells of a row take turns.
+            groups.setdefault(f"{job.label} {job.source} {job.seed} {job.with_tasks}", []).append(job)
+        # The rows that try every part again after each removal take longest: they start first.
+        order = sorted(groups.values(), key=lambda group: -self._passes(group[-1]))
+        stop = threading.Event()
+        done = 0
+        lock = threading.Lock()
+
+        def work(group: list[_Job]) -> None:
+            nonlocal done
+            for job in group:
+                if stop.is_set():
+                    return
+                cell = self._in_a_process(job, stop)
+                with lock:
+                    done += 1
+                    self.say(f"  {_words(cell)}")
+                    progress("cells", done, len(todo))
+
+        with ThreadPoolExecutor(self.jobs) as pool:
+            futures = [pool.submit(work, group) for group in order]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+        return self._table()
+
+    def _prepare(self) -> None:
+        """The dense model as a folder, which loads faster than what it may come from."""
+
+        def make(path: Path) -> None:
+            self.say(f"Loading {self.suite.model}")
+            loaded = load(self.suite.model)
+            with new_folder(path) as folder:
+                write_model(loaded.model, loaded.tokenizer, folder)
+                origin = Model(loaded.origin.name, loaded.origin.licence, loaded.origin.quantised_from)
+                (folder / "origin.json").write_text(json.dumps(dataclasses.asdict(origin)), encoding="utf-8")
+
+        self.dense_path = self.work.folder("dense", {"model": self.model_hash, "versions": installed_versions()}, make)
+
+    def _passes(self, job: _Job) -> float:
+        """About how many forward passes a cell takes."""
+        if job.spec is None:
+            return 0.0
+        config = method_config(job.spec.method, {**job.spec.set, "sparsity": job.sparsity})
+        return METHODS[job.spec.method].outline(skeleton(str(self.dense_path)), self.profile.rows, config)
+
+    def _in_a_process(self, job: _Job, stop: threading.Event) -> Cell:
+        """Compute a cell in a process of its own, unless its result is there.
+
+        Raises:
+            FoldawayError: the process ended with an error.
+        """
+        stage = self._stage(job)
+        if not self.work.has(*stage):
+            log = self.root / "logs" / f"{job.name}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, "-P", "-m", "deploy", "suite", str(self.file), "--profile", self.profile_name]
+            command += ["--device", self.device, "--jobs", str(self.jobs), "-o", str(self.root), "--cell", job.name]
+            command += ["--data", str(self.data)] if self.data else []
+            with log.open("w", encoding="utf-8") as output:
+                # In a group of its own, so that Ctrl-C reaches it through us, once.
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=child_environment(),
+                    start_new_session=True,
+                )
+                try:
+                    while process.poll() is None and not stop.wait(0.2):
+                        pass
+                finally:
+                    process.kill()
+                    process.wait()
+            if not stop.is_set() and process.returncode != 0:
+                last = (log.read_text("utf-8", "replace").strip().splitlines() or ["nothing"])[-1]
+                raise FoldawayError(f"{job.name}: {last.removeprefix('foldaway: ')} (all of it is in {log})")
+        return CELL.validate_python(self.work.result(*stage, _interrupted))
+
+    def _stage(self, job: _Job) -> tuple[str, dict[str, Any]]:
+        return f"cell-{job.name}", self._inputs(job)
+
+    def _command(self) -> str:
+        """The call that repeats this run; where the data lie is another matter on each machine."""
+        data = " --data DIR" if self.data else ""
+        return f"foldaway suite {self.file}{data} --profile {self.profile_name} --jobs {self.jobs} -o {self.root}"
+
+    def _table(self) -> Table:
+        cells = [
+            (job, CELL.validate_python(self.work.result(*self._stage(job), _interrupted))) for job in self._all_jobs()
+        ]
+        origin = json.loads((self.dense_path / "origin.json").read_text("utf-8"))
+        return records.write(
+            Table(
+                created=now(),
+                title=self.suite.name,
+                model=Model(**origin),
+                profile=self.profile_name,
+                settings={**self.profile.model_dump(), "device": self.device},
+                jobs=self.jobs,
+                texts={"calibration": self.suite.calibration, "evaluation": self.suite.evaluation, **self.hashes},
+                dense=next(cell for job, cell in cells if job.spec is None),
+                cells=tuple(cell for job, cell in cells if job.spec and job.with_tasks),
+                calibrations=tuple(cell for job, cell in cells if not job.with_tasks),
+                commands=(self._command(),),
+                machine=machine(),
+            ),
+            self.root / "record.json",
+        )
+
+    # --- One cell
+
+    def compute(self, name: str, progress: Progress) -> Cell:
+        """Compute one cell in this process, and keep its result.
+
+        Raises:
+            ConfigError: no cell has this name.
+        """
+        jobs = {job.name: job for job in self._all_jobs()}
+        if name not in jobs:
+            raise ConfigError(f"{self.file} has no cell {name!r}; it has {', '.join(jobs)}")
+        self._prepare()
+        torch.set_num_threads(max(1, torch.get_num_threads() // self.jobs))
+        job = jobs[name]
+
+        def compute() -> dict[str, Any]:
+            dumped: dict[str, Any] = CELL.dump_python(self._compute(job, progress), mode="json")
+            return dumped
+
+        return CELL.validate_python(self.work.result(*self._stage(job), compute))
+
+    def _compute(self, job: _Job, progress: Progress) -> Cell:
+        seconds, rows, numbers = None, None, {}
+        with PeakMemory(os.getpid(), interval_seconds=0.5) as peak:
+            loaded = load(str(self.dense_path), dtype=DTYPES[self.profile.dtype])
+            loaded.model.to(self.device)  # type: ignore[arg-type]
+            if job.spec is not None:
+                rows = self._draw(job, loaded, progress)
+                start = time.perf_counter()
+                compressed = METHODS[job.spec.method].compress(
+                    loaded.model,
+                    rows,
+                    method_config(job.spec.method, {**job.spec.set, "sparsity": job.sparsity}),
+                    Run(progress=progress, device=self.device, scratch=self.root / "scratch", consume=True),
+                )
+                seconds = time.perf_counter() - start + compressed.report.resumed_seconds
+                loaded = dataclasses.replace(loaded, model=compressed.model)
+                numbers = dict(compressed.report.numbers)
+        return Cell(
+            label=job.label,
+            method=job.spec.method if job.spec else None,
+            options=job.spec.set if job.spec else {},
+            sparsity=job.sparsity,
+            calibration=rows.record() if rows else None,
+            parameters=budget.count(loaded.model).total,
+            layout=layout_of(loaded.model).kind,
+            perplexity=self._perplexity(loaded, progress),
+            tasks=self._score(loaded, progress) if job.with_tasks else (),
+            compression_seconds=seconds,
+            peak_rss_bytes=peak.bytes,
+            numbers=numbers,
+        )
+
+    def _draw(self, job: _Job, loaded: Loaded, progress: Progress) -> TokenRows:
+        profile, source = self.profile, self._text(job.source)
+        rows = draw(
+            source,
+            loaded.tokenizer,
+            rows=profile.rows,
+            length=profile.length,
+            seed=job.seed,
+            model=loaded.model,
+            progress=progress,
+        )
+        return dataclasses.replace(rows, source=job.source)  # its name, and no path of this machine
+
+    def _perplexity(self, loaded: Loaded, progress: Progress) -> Perplexity:
+        profile, context = self.profile, context_length_of(loaded.model)
+        rows = windows(
+            self._text(self.suite.evaluation),
+            loaded.tokenizer,
+            length=profile.window,
+            count=profile.windows,
+            context_length=context,
+        )
+        return perplexity(logits_of(loaded.model), rows.tokens, progress)
+
+    def _score(self, loaded: Loaded, progress: Progress) -> tuple[TaskScore, ...]:
+        scores = tasks.evaluate(
+            tasks.torch_scorer(loaded.model),
+            loaded.tokenizer,
+            context_length_of(loaded.model),
+            list(self.task_files.values()),
+            limit=self.profile.limit,
+            progress=progress,
+        )
+        named = zip(scores, self.suite.tasks.items(), strict=True)
+        # Their logical names, and no path of this machine.
+        return tuple(dataclasses.replace(score, name=name, source=path) for score, (name, path) in named)
+
+
+def _interrupted() -> dict[str, Any]:
+    """A cell is asked for whose process has ended without one: only when it was stopped."""
+    raise KeyboardInterrupt
+
+
+def _words(cell: Cell) -> str:
+    """A cell in one line."""
+    accuracy = "" if cell.accuracy is None else f", accuracy {cell.accuracy:.1%}"
+    seconds = "" if cell.compression_seconds is None else f", {cell.compression_seconds:,.0f} s"
+    drawn = f" ({cell.calibration['source']}, seed {cell.calibration['seed']})" if cell.calibration else ""
+    return f"{cell.label} {cell.sparsity:.1%}{drawn}: perplexity {cell.perplexity.value:,.2f}{accuracy}{seconds}"

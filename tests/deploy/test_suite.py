@@ -1,0 +1,171 @@
+"""A suite on a tiny model: its cells, its record, its tables, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks import table as tables
+from benchmarks.table import Table
+from compress import artifact
+from compress.errors import ConfigError
+from compress.result import no_progress
+from deploy.cli import main
+from deploy.show import describe
+from deploy.suite import SuiteRun
+from tests.conftest import byte_tokenizer, tiny
+from tests.deploy.test_eval import QUIZ, TEXT, write_rows
+
+SUITE: dict[str, Any] = {
+    "name": "tiny",
+    "texts": {"stories": "text/stories.txt"},
+    "tasks": {"quiz": "quiz.jsonl"},
+    "calibration": "builtin",
+    "evaluation": "stories",
+    "sparsities": [0.25, 0.5],
+    "methods": [
+        {"label": "2SSP", "method": "2ssp", "set": {"alpha": 1.0}},
+        {"label": "SLEB", "method": "sleb"},
+    ],
+    "calibrations": {"label": "2SSP", "sparsity": 0.25, "draws": [{"source": "builtin", "seeds": [0, 1]}]},
+    "profiles": {"cpu": {"rows": 2, "length": 48, "window": 48, "windows": 3, "limit": 4}},
+}
+CELLS = ["dense", "2ssp-0.25", "2ssp-0.5", "sleb-0.25", "sleb-0.5", "2ssp-0.25-builtin-0", "2ssp-0.25-builtin-1"]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder with a model, a text and a task."""
+    data = tmp_path / "data"
+    artifact.write_model(tiny("llama"), byte_tokenizer(), data / "model")
+    (data / "text").mkdir()
+    (data / "text" / "stories.txt").write_text(TEXT)
+    write_rows(data / "quiz.jsonl", QUIZ)
+    return data
+
+
+def suite(data: Path, root: Path, **changes: Any) -> SuiteRun:
+    file = data / "tiny.yaml"
+    file.write_text(yaml.safe_dump({"model": str(data / "model"), **SUITE, **changes}))
+    return SuiteRun(file, root, data=data, profile="cpu", device="cpu", jobs=1, say=lambda text: None)
+
+
+def computed(data: Path, root: Path) -> Table:
+    """The suite's table, with all cells computed in this process."""
+    run = suite(data, root)
+    for name in CELLS:
+        run.compute(name, no_progress)
+    return run.run(no_progress)
+
+
+def test_a_suite_fills_a_table_of_all_methods_and_sparsities(data: Path, tmp_path: Path) -> None:
+    table = computed(data, tmp_path / "run")
+    assert [(cell.label, cell.sparsity) for cell in table.cells] == [
+        ("2SSP", 0.25), ("2SSP", 0.5), ("SLEB", 0.25), ("SLEB", 0.5)
+    ]  # fmt: skip
+    assert [cell.calibration and cell.calibration["seed"] for cell in table.calibrations] == [0, 1]
+    assert table.dense.method is None
+    for cell in (table.dense, *table.cells):
+        assert [(task.name, task.source, task.items) for task in cell.tasks] == [("quiz", "quiz.jsonl", 4)]
+        assert len(cell.perplexity.window_nll) == 3
+        assert cell.peak_rss_bytes > 0
+    for cell in table.cells:
+        assert cell.parameters < table.dense.parameters
+        assert cell.compression_seconds is not None
+        assert cell.compression_seconds > 0
+    written = json.loads((tmp_path / "run" / "record.json").read_text())
+    named_by_the_user = {"commands", "model"}
+    assert str(tmp_path) not in json.dumps({key: written[key] for key in written.keys() - named_by_the_user})
+    assert tables.read(tmp_path / "run" / "record.json") == table
+    assert describe(tmp_path / "run" / "record.json")[0] == "table"
+
+
+def test_the_tables_and_the_picture_of_a_suite_hold_its_numbers(data: Path, tmp_path: Path) -> None:
+    table = computed(data, tmp_path / "run")
+    for name, grid in tables.GRIDS.items():
+        made = grid(table)
+        assert all(len(row) == len(made.headers) for row in made.rows), name
+        assert made.markdown().count("\n") == len(made.rows) + 2
+    rows = {row[0]: row for row in tables.perplexity_grid(table).rows}
+    assert set(rows) == {"dense", "2SSP", "SLEB"}
+    assert rows["SLEB"][2].startswith(f"{table.cells[3].perplexity.value:.4g}")
+    picture = tables.chart(table)
+    assert picture.count("<polyline") == 2
+    assert {"2SSP", "SLEB", "dense"} <= set(re.findall(r">([^<>]+)</text>", picture))
+
+
+def test_cells_that_are_there_are_not_computed_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = computed(data, tmp_path / "run")
+
+    def fail(*args: object) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(SuiteRun, "_compute", fail)
+    again = suite(data, tmp_path / "run").run(no_progress)
+    assert again.cells == first.cells
+    assert not (tmp_path / "run" / "logs").exists()  # no process was started
+
+
+def test_another_text_is_another_cell(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed(data, tmp_path / "run")
+    (data / "text" / "stories.txt").write_text(TEXT.replace("fox", "cat"))
+    assert not (run := suite(data, tmp_path / "run")).work.has(*run._stage(run._all_jobs()[0]))
+
+
+@pytest.mark.xdist_group("eval")
+def test_a_suite_computes_its_cells_in_processes_of_their_own(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite(data, tmp_path / "x", sparsities=[0.5], methods=SUITE["methods"][1:], calibrations=None)
+    root = tmp_path / "run"
+    line = ["suite", str(data / "tiny.yaml"), "--data", str(data), "--jobs", "2", "-o", str(root)]
+    assert main(line) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out.splitlines()[-1])["cells"] == 1
+    assert "SLEB 50.0%" in captured.err
+    (cell,) = tables.read(root / "record.json").cells
+    assert cell.numbers["blocks_removed"]
+    assert {path.name for path in (root / "logs").iterdir()} == {"dense.log", "sleb-0.5.log"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"evaluation": "builtin"}, "calibrated on"),
+        ({"methods": [{"label": "x", "method": "2sspp"}]}, "2sspp"),
+        ({"methods": [{"label": "x", "method": "sleb"}, {"label": "x", "method": "sleb"}]}, "label"),
+        ({"methods": [{"label": "x", "method": "sleb", "set": {"row": 1}}]}, "row"),
+        ({"sparsities": [1.5]}, "sparsity"),
+        ({"tasks": {"quiz": "../quiz.jsonl"}}, "outside"),
+        ({"tasks": {"quiz": "none.jsonl"}}, "no none.jsonl"),
+        ({"texts": {"stories": "none.txt"}}, "no none.txt"),
+        ({"calibrations": {"label": "y", "sparsity": 0.5, "draws": [{"source": "builtin"}]}}, "'y'"),
+        ({"profiles": {"gpu": SUITE["profiles"]["cpu"]}}, "no profile 'cpu'"),
+        ({"speed": 1}, "speed"),
+    ],
+)
+def test_a_suite_that_cannot_be_meant_is_refused(
+    data: Path, tmp_path: Path, changes: dict[str, Any], word: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(word)) as caught:
+        suite(data, tmp_path / "run", **changes)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cell_that_is_not_there_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no cell 'sleb-0\.9'"):
+        suite(data, tmp_path / "run").compute("sleb-0.9", no_progress)
+
+
+def test_the_suite_of_the_project_can_be_read(tmp_path: Path) -> None:
+    file = Path(__file__).parents[2] / "benchmarks" / "suites" / "quality.yaml"
+    with pytest.raises(ConfigError, match="--data DIR"):
+        SuiteRun(file, tmp_path / "run", data=None, profile="cpu", device="cpu", jobs=1, say=lambda text: None)
