@@ -23,6 +23,8 @@ PACKAGES = (
     "onnxruntime-genai",
     "vllm",
     "openai",
+    "lm_eval",
+    "datasets",
 )
 CPU_FLAGS = (
     "avx2",

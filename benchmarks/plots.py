@@ -209,7 +209,7 @@ def curves(title: str, lines: Sequence[Curve], reference: tuple[float, float], c
     drawn.append(clip)
     for place, line in enumerate(lines):
         colour, dashes = PALETTE[place % len(PALETTE)], DASHES[place // len(PALETTE) % len(DASHES)]
-        points = sorted((reference, *line.points), reverse=True)
+        points = sorted((reference, *((a, b) for a, b in line.points if math.isfinite(b))), reverse=True)
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
         stroke = {"stroke": colour, "stroke_dasharray": dashes, "clip_path": "url(#inside)"}
         drawn.append(tag("polyline", class_="curve", points=path, **stroke))

@@ -38,7 +38,7 @@ class Cell:
         perplexity: on the evaluation text, with standard error and window losses.
         tasks: zero-shot accuracies; empty where they were not asked for.
         compression_seconds: of the method alone, without loading; None for the dense model.
-        peak_rss_bytes: of a process that loads the model and compresses it.
+        peak_rss_bytes: host memory of a process that loads the model and compresses it.
         numbers: the method's own report.
     """
 
@@ -122,7 +122,7 @@ class Grid:
     def markdown(self) -> str:
         """As Markdown."""
         lines = [self.headers, tuple("---" for _ in self.headers), *self.rows]
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return "".join(f"| {' | '.join(text.replace('|', '&#124;') for text in line)} |\n" for line in lines)
 
 
 def perplexity_grid(table: Table) -> Grid:
@@ -141,7 +141,7 @@ def ratio_grid(table: Table) -> Grid:
         value = times(exponential(fmean(differences)))
         return value if interval is None else f"{value} ({number(interval.low)} to {number(interval.high)})"
 
-    others = [cell for cell in table.cells if cell.label != table.cells[0].label]
+    others = [cell for cell in table.cells if cell.label != table.cells[0].label and cell.sparsity in first]
     return _grid(table, f"perplexity / that of {table.cells[0].label}", ratio, others, dense=False)
 
 
@@ -159,17 +159,6 @@ def accuracy_grid(table: Table) -> Grid:
     return _grid(table, "mean accuracy", accuracy)
 
 
-def task_grid(table: Table, sparsity: float) -> Grid:
-    """Accuracy on each task at one sparsity."""
-    names = [task.name for task in table.dense.tasks]
-    cells = [table.dense, *(cell for cell in table.cells if cell.sparsity == sparsity)]
-    rows = tuple(
-        (cell.label, *(f"{100 * task.acc:.1f} ± {100 * task.acc_standard_error:.1f}" for task in cell.tasks))
-        for cell in cells
-    )
-    return Grid((f"accuracy in %, at {sparsity:.1%}", *names), rows)
-
-
 def cost_grid(table: Table) -> Grid:
     """What compressing takes: seconds, block forward passes, and the peak of memory over all sparsities."""
 
@@ -179,7 +168,7 @@ def cost_grid(table: Table) -> Grid:
     grid = _grid(table, "compression", cost, dense=False)
     peaks = {label: max(c.peak_rss_bytes for c in table.cells if c.label == label) for label in _labels(table.cells)}
     rows = tuple((*row, f"{peaks[row[0]] / 1e9:.2f} GB") for row in grid.rows)
-    return Grid((*grid.headers, "peak memory"), rows)
+    return Grid((*grid.headers, "peak resident memory"), rows)
 
 
 def calibration_grid(table: Table) -> Grid:
@@ -226,7 +215,10 @@ def _grid(
     cells = table.cells if cells is None else cells
     sparsities = sorted({cell.sparsity for cell in cells})
     by_place = {(cell.label, cell.sparsity): cell for cell in cells}
-    rows = [(label, *(text(by_place[label, s]) for s in sparsities)) for label in _labels(cells)]
+    rows = [
+        (label, *(text(by_place[label, s]) if (label, s) in by_place else "" for s in sparsities))
+        for label in _labels(cells)
+    ]
     if dense:
         rows.insert(0, ("dense", text(table.dense), *([""] * (len(sparsities) - 1))))
     return Grid((corner, *(f"{s:.1%}" for s in sparsities)), tuple(rows))

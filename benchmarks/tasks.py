@@ -75,18 +75,18 @@ def torch_scorer(model: PreTrainedModel) -> Scorer:
 
     The model makes its own cache, so that one with blocks without attention or with sliding windows gets the right one.
     """
-    known = inspect.signature(model.forward).parameters
-    last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    # All logits are asked for: those of the last token alone would come from a strided product, which is slow in bf16.
+    places_are_taken = "position_ids" in inspect.signature(model.forward).parameters
 
     def run(tokens: Tensor, mask: Tensor, **options: Any) -> Any:
         places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        options |= {"position_ids": places.to(model.device)} if "position_ids" in known else {}
+        options |= {"position_ids": places.to(model.device)} if places_are_taken else {}
         return model(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), use_cache=True, **options)
 
     @torch.no_grad()
     def score(questions: Sequence[Question]) -> list[list[Tensor]]:
         beginnings, mask = _padded([beginning for beginning, _ in questions], left=True)
-        read = run(beginnings, mask, **last)
+        read = run(beginnings, mask)
         rows = torch.tensor([row for row, (_, endings) in enumerate(questions) for _ in endings])
         first = read.logits[:, -1:]
         endings, _ = _padded([ending[:-1] for _, endings in questions for ending in endings])
@@ -233,6 +233,9 @@ def _check_request(tasks: Sequence[str], limit: int | None) -> None:
         raise ConfigError(f"limit={limit}: ask 1 item or more of each task, or give no limit to ask all")
     if not tasks:
         raise ConfigError("no task is named: give .jsonl files, or names of tasks in lm-eval")
+    names = [Path(source).stem if _names_a_file(source) else source for source in tasks]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two tasks are named {max(names, key=names.count)}: name each once, files by their stem")
 
 
 # The adapter.

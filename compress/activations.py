@@ -155,22 +155,6 @@ def block_inputs(decoder: Decoder, tokens: Tensor) -> list[Tensor]:
     return seen
 
 
-@torch.no_grad()
-def entering_block(decoder: Decoder, tokens: Tensor, index: int) -> Tensor:
-    """What enters one block, (B, T, D), for tokens (B, T); nothing from that block on is run."""
-    with inputs_seen(decoder.block_list) as seen, stopping_before(decoder.blocks[index].module):
-        decoder.model(input_ids=tokens, use_cache=False)
-    return seen[index]
-
-
-@torch.no_grad()
-def input_of(decoder: Decoder, tokens: Tensor, module: nn.Module) -> Tensor:
-    """What enters one module, (B T, X), for tokens (B, T); nothing from that module on is run."""
-    with inputs_seen([module]) as seen, stopping_before(module):
-        decoder.model(input_ids=tokens, use_cache=False)
-    return seen[0].reshape(-1, seen[0].shape[-1])
-
-
 @contextmanager
 def stopping_before(module: nn.Module) -> Iterator[None]:
     """End a forward pass inside a ``with`` when it gets to a module; hooks of that module set before this one run."""

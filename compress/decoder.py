@@ -56,12 +56,6 @@ class Projection:
         """The weight as (outputs, inputs), whichever way it is stored."""
         return self._weight if self._output_dim == 0 else self._weight.T
 
-    def replace_matrix(self, matrix: torch.Tensor) -> None:
-        """Put other numbers into a weight of the same shape, given as (outputs, inputs)."""
-        stored = matrix if self._output_dim == 0 else matrix.T
-        assert stored.shape == self._weight.shape
-        self._replace("weight", stored.to(self._weight.dtype).contiguous())
-
     def keep_outputs(self, index: torch.Tensor) -> None:
         """Keep the outputs at ``index`` (K,), in each fused matrix; the bias follows."""
         index = index.to(self._weight.device)

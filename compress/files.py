@@ -56,6 +56,17 @@ def check_free(path: Path) -> None:
         raise ConfigError(f"{path} cannot be written: {nearest} is not a folder that may be written to")
 
 
+def check_new_file(path: Path) -> None:
+    """Refuse early to write a file over anything, or where none can be written.
+
+    Raises:
+        ConfigError: ``path`` exists, or its folder cannot be written to.
+    """
+    if path.exists():
+        raise ConfigError(f"{path} exists already: name another file, or remove it")
+    check_free(path)
+
+
 def write_file(path: Path, text: str) -> None:
     """Write a text file whole, or leave what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)

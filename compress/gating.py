@@ -15,22 +15,23 @@ from compress.remote_code import set_submodule, submodule
 @contextmanager
 def without_attention(block: Block) -> Iterator[None]:
     """Try a block without its attention: the residual stream passes unchanged to the FFN."""
-    paths = [block.arch.attention, *block.arch.attention_norms]
-    parts = [submodule(block.module, path) for path in paths]
-    block.remove_attention()
-    try:
+    with _restored(block, [block.arch.attention, *block.arch.attention_norms]):
+        block.remove_attention()
         yield
-    finally:
-        for path, part in zip(paths, parts, strict=True):
-            set_submodule(block.module, path, part)
 
 
 @contextmanager
 def without_ffn(block: Block) -> Iterator[None]:
     """Try a block without its FFN: the residual stream passes unchanged to the next block."""
-    paths = [*block.arch.ffn, *block.arch.ffn_norms]
+    with _restored(block, [*block.arch.ffn, *block.arch.ffn_norms]):
+        block.remove_ffn()
+        yield
+
+
+@contextmanager
+def _restored(block: Block, paths: list[str]) -> Iterator[None]:
+    """Put the modules at some paths back, whatever took their places."""
     parts = [submodule(block.module, path) for path in paths]
-    block.remove_ffn()
     try:
         yield
     finally:

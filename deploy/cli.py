@@ -122,7 +122,6 @@ def _add_compress(commands: Any) -> None:
             alpha=1.5       balance: higher removes more attentions
             neuron_norm=l2  how a neuron is scored: l2 or l1
             divisor=N       FFN widths become multiples of N (64 or 128 suit most kernels)
-            refit=false     true: fit each FFN's output anew to the neurons that stay (three times the passes)
 
         and the peers it is judged against, all with sparsity=S:
 
@@ -282,13 +281,13 @@ def _add_eval(commands: Any) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from benchmarks.record import write
+    from compress.files import check_new_file, write_file
     from deploy.evaluation import evaluate
     from deploy.tables import evaluation_table
 
     spec, device = _evaluation_spec(arguments), _checked_device(arguments.device)
-    if arguments.output and Path(arguments.output).exists():
-        raise ConfigError(f"{arguments.output} exists already: name another file, or remove it")
+    if arguments.output:
+        check_new_file(Path(arguments.output))
     with _terminal() as terminal:
         found = evaluate(
             arguments.path,
@@ -300,9 +299,9 @@ def _eval(arguments: argparse.Namespace) -> int:
             progress=terminal.progress,
             command=arguments.command_line,
         )
-        if arguments.output:
-            write(found, Path(arguments.output))
         terminal.show(evaluation_table(found))
+        if arguments.output:
+            write_file(Path(arguments.output), found.model_dump_json(indent=2) + "\n")
     return _print(found.model_dump())
 
 
@@ -424,9 +423,7 @@ def _add_serve(commands: Any) -> None:
     )
     parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="prompt and answer together, at most")
     parser.add_argument("--api-key-file", metavar="FILE", help="require this bearer key (or FOLDAWAY_API_KEY)")
-    parser.add_argument(
-        "--until-stdin-closes", action="store_true", help="also stop when standard input ends: for a parent program"
-    )
+    _until_stdin_closes(parser)
     _device(parser)
 
 
@@ -435,8 +432,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     terminal = _terminal()
     terminal.say(f"Loading {arguments.path}")
-    if arguments.until_stdin_closes:
-        threading.Thread(target=_stop_at_end_of_stdin, daemon=True).start()
+    _stop_with_parent(arguments)
     serve(
         arguments.path,
         backend=arguments.backend,
@@ -451,8 +447,20 @@ def _serve(arguments: argparse.Namespace) -> int:
     return _print({"path": arguments.path, "stopped": True})
 
 
+def _until_stdin_closes(parser: Any) -> None:
+    parser.add_argument(
+        "--until-stdin-closes", action="store_true", help="also stop when standard input ends: for a parent program"
+    )
+
+
+def _stop_with_parent(arguments: argparse.Namespace) -> None:
+    if arguments.until_stdin_closes:
+        threading.Thread(target=_stop_at_end_of_stdin, daemon=True).start()
+
+
 def _stop_at_end_of_stdin() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # not through sys.stdin, whose lock the interpreter wants at its end
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -600,13 +608,17 @@ def _add_suite(commands: Any) -> None:
     parser.add_argument("--profile", default="cpu", metavar="NAME", help="how much of everything (default cpu)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells side by side, sharing the cores")
     parser.add_argument("--cell", metavar="NAME", help="compute this cell alone, in this process")
+    _until_stdin_closes(parser)
     _device(parser)
     _output(parser, "the suite's folder; run again with the same one to go on where it stopped")
 
 
 def _suite(arguments: argparse.Namespace) -> int:
+    from benchmarks.table import GRIDS
     from deploy.suite import SuiteRun
+    from deploy.tables import plain_table
 
+    _stop_with_parent(arguments)
     with _terminal() as terminal:
         run = SuiteRun(
             Path(arguments.suite),
@@ -621,6 +633,9 @@ def _suite(arguments: argparse.Namespace) -> int:
             cell = run.compute(arguments.cell, terminal.progress)
             return _print({"cell": arguments.cell, "perplexity": cell.perplexity.value, "accuracy": cell.accuracy})
         table = run.run(terminal.progress)
+        for name, grid in GRIDS.items():
+            if name != "calibration" or table.calibrations:
+                terminal.show(plain_table(grid(table)))
     return _print({"record": str(run.root / "record.json"), "id": table.id, "cells": len(table.cells)})
 
 

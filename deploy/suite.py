@@ -9,18 +9,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, JsonValue, TypeAdapter, model_validator
+from torch import Tensor
 
 from benchmarks import record as records
 from benchmarks import tasks
@@ -33,7 +35,7 @@ from compress import budget
 from compress.artifact import write_model
 from compress.calibration import TokenRows, context_length_of, draw, windows
 from compress.errors import ConfigError, FoldawayError
-from compress.evaluate import Perplexity, logits_of, perplexity
+from compress.evaluate import logits_of, perplexity
 from compress.files import new_folder, sha256_of
 from compress.layout import layout_of
 from compress.methods import METHODS, method_config
@@ -46,16 +48,20 @@ from deploy.comparison import child_environment
 from deploy.workspace import Workspace
 from exporters.base import installed_versions
 
+USER_ERROR = 2
+"""Exit code of a process that refuses what it was asked."""
+
 CELL = TypeAdapter(Cell)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class MethodSpec(Strict):
-    """One row of the table."""
+    """One row of the table, at sparsities of its own or at those of the suite."""
 
     label: str
     method: str
     set: dict[str, JsonValue] = Field(default_factory=dict)
+    sparsities: tuple[float, ...] | None = Field(default=None, min_length=1)
 
 
 class DrawSpec(Strict):
@@ -104,12 +110,15 @@ class Suite(Strict):
         if len(set(labels)) < len(labels):
             raise ValueError(f"methods: two have the label {max(labels, key=labels.count)!r}")
         for method in self.methods:
-            for sparsity in self.sparsities:
+            if "sparsity" in method.set:
+                raise ValueError(f"methods: {method.label!r} sets a sparsity: list it under sparsities")
+            for sparsity in method.sparsities or self.sparsities:
                 method_config(method.method, {**method.set, "sparsity": sparsity})
-        if self.evaluation == self.calibration:
-            raise ValueError("evaluation: a model is not judged on the text that it was calibrated on")
-        if self.calibrations is not None and self.calibrations.label not in labels:
-            raise ValueError(f"calibrations: no method has the label {self.calibrations.label!r}")
+        if self.calibrations is not None:
+            if self.calibrations.label not in labels:
+                raise ValueError(f"calibrations: no method has the label {self.calibrations.label!r}")
+            method = self.methods[labels.index(self.calibrations.label)]
+            method_config(method.method, {**method.set, "sparsity": self.calibrations.sparsity})
         return self
 
 
@@ -157,8 +166,16 @@ class SuiteRun:
         self.profile_name, self.profile = profile, self.suite.profiles[profile]
         sources = {self.suite.calibration, *(job.source for job in self._all_jobs())}
         self.hashes = {source: text_hash(self._text(source), "calibration") for source in sorted(sources)}
-        self.hashes[self.suite.evaluation] = text_hash(self._text(self.suite.evaluation), "evaluation")
+        self.evaluation_hash = text_hash(self._text(self.suite.evaluation), "evaluation")
+        if self.evaluation_hash in self.hashes.values():
+            raise ConfigError(f"{file}: a model is not judged on the text that it was calibrated on")
+        names = [job.name for job in self._all_jobs()]
+        if len(set(names)) < len(names):
+            twice = max(names, key=names.count)
+            raise ConfigError(f"{file}: two cells are called {twice!r}: give labels that differ, and each value once")
         self.task_files = {name: str(self._path(path)) for name, path in self.suite.tasks.items()}
+        if self.task_files:
+            tasks.check(list(self.task_files.values()), self.profile.limit)
         self.task_hashes = {name: sha256_of(Path(path)) for name, path in self.task_files.items()}
         self.model_hash = fingerprint(self.suite.model)
         self.work = Workspace(root)
@@ -169,7 +186,8 @@ class SuiteRun:
         suite = self.suite
         jobs = [_Job("dense", None, 0.0, suite.calibration, 0, True)]
         for method in suite.methods:
-            jobs += [_Job(method.label, method, s, suite.calibration, 0, True) for s in sorted(suite.sparsities)]
+            sparsities = sorted(method.sparsities or suite.sparsities)
+            jobs += [_Job(method.label, method, s, suite.calibration, 0, True) for s in sparsities]
         if suite.calibrations is not None:
             label, sparsity = suite.calibrations.label, suite.calibrations.sparsity
             (method,) = (each for each in suite.methods if each.label == label)
@@ -197,9 +215,9 @@ class SuiteRun:
         inputs: dict[str, Any] = {
             "versions": installed_versions(),
             "model": self.model_hash,
-            "method": job.spec and job.spec.model_dump(exclude={"label"}),
+            "method": job.spec and job.spec.model_dump(exclude={"label", "sparsities"}),
             "sparsity": job.sparsity,
-            "evaluation": [self.hashes[self.suite.evaluation], profile.window, profile.windows],
+            "evaluation": [self.evaluation_hash, profile.window, profile.windows],
             "tasks": [self.task_hashes, profile.limit] if job.with_tasks else None,
             "computed": [profile.dtype, self.device],
         }
@@ -237,7 +255,7 @@ class SuiteRun:
         with ThreadPoolExecutor(self.jobs) as pool:
             futures = [pool.submit(work, group) for group in order]
             try:
-                for future in futures:
+                for future in as_completed(futures):
                     future.result()
             except BaseException:
                 stop.set()
@@ -269,20 +287,20 @@ class SuiteRun:
         """Compute a cell in a process of its own, unless its result is there.
 
         Raises:
-            FoldawayError: the process ended with an error.
+            FoldawayError: the process refused, with what it said; or its inputs have changed.
+            RuntimeError: it ended otherwise than it should.
+            KeyboardInterrupt: it was stopped.
         """
         stage = self._stage(job)
         if not self.work.has(*stage):
             log = self.root / "logs" / f"{job.name}.log"
             log.parent.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, "-P", "-m", "deploy", "suite", str(self.file), "--profile", self.profile_name]
-            command += ["--device", self.device, "--jobs", str(self.jobs), "-o", str(self.root), "--cell", job.name]
-            command += ["--data", str(self.data)] if self.data else []
             with log.open("w", encoding="utf-8") as output:
-                # In a group of its own, so that Ctrl-C reaches it through us, once.
+                # In a group of its own, so that Ctrl-C reaches it through us, once. Our end of its stdin closes when
+                # this process ends, however it ends, and the cell with it.
                 process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
+                    self._cell_command(job),
+                    stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=output,
                     env=child_environment(),
@@ -294,22 +312,34 @@ class SuiteRun:
                 finally:
                     process.kill()
                     process.wait()
-            if not stop.is_set() and process.returncode != 0:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            if process.returncode != 0:
                 last = (log.read_text("utf-8", "replace").strip().splitlines() or ["nothing"])[-1]
-                raise FoldawayError(f"{job.name}: {last.removeprefix('foldaway: ')} (all of it is in {log})")
-        return CELL.validate_python(self.work.result(*stage, _interrupted))
+                said = f"{job.name}: {last.removeprefix('foldaway: ')} (all of it is in {log})"
+                if process.returncode == USER_ERROR:
+                    raise FoldawayError(said)
+                raise RuntimeError(f"the process of a cell ended with code {process.returncode}; {said}")
+        return CELL.validate_python(self.work.result(*stage, _not_there))
+
+    def _cell_command(self, job: _Job) -> list[str]:
+        command = [sys.executable, "-P", "-m", "deploy", "suite", str(self.file), "--profile", self.profile_name]
+        command += ["--device", self.device, "--jobs", str(self.jobs), "-o", str(self.root)]
+        command += ["--data", str(self.data)] if self.data else []
+        return [*command, "--cell", job.name, "--until-stdin-closes"]
 
     def _stage(self, job: _Job) -> tuple[str, dict[str, Any]]:
         return f"cell-{job.name}", self._inputs(job)
 
     def _command(self) -> str:
         """The call that repeats this run; where the data lie is another matter on each machine."""
-        data = " --data DIR" if self.data else ""
-        return f"foldaway suite {self.file}{data} --profile {self.profile_name} --jobs {self.jobs} -o {self.root}"
+        words = ["foldaway", "suite", self.file.name, *(["--data", "DIR"] if self.data else [])]
+        words += ["--profile", self.profile_name, "--device", self.device, "--jobs", str(self.jobs), "-o", "DIR"]
+        return shlex.join(words)
 
     def _table(self) -> Table:
         cells = [
-            (job, CELL.validate_python(self.work.result(*self._stage(job), _interrupted))) for job in self._all_jobs()
+            (job, CELL.validate_python(self.work.result(*self._stage(job), _not_there))) for job in self._all_jobs()
         ]
         origin = json.loads((self.dense_path / "origin.json").read_text("utf-8"))
         return records.write(
@@ -320,7 +350,12 @@ class SuiteRun:
                 profile=self.profile_name,
                 settings={**self.profile.model_dump(), "device": self.device},
                 jobs=self.jobs,
-                texts={"calibration": self.suite.calibration, "evaluation": self.suite.evaluation, **self.hashes},
+                texts={
+                    "calibration": self.suite.calibration,
+                    "evaluation": self.suite.evaluation,
+                    **self.hashes,
+                    self.suite.evaluation: self.evaluation_hash,
+                },
                 dense=next(cell for job, cell in cells if job.spec is None),
                 cells=tuple(cell for job, cell in cells if job.spec and job.with_tasks),
                 calibrations=tuple(cell for job, cell in cells if not job.with_tasks),
@@ -356,6 +391,7 @@ class SuiteRun:
         with PeakMemory(os.getpid(), interval_seconds=0.5) as peak:
             loaded = load(str(self.dense_path), dtype=DTYPES[self.profile.dtype])
             loaded.model.to(self.device)  # type: ignore[arg-type]
+            judged_on = self._evaluation_rows(loaded)
             if job.spec is not None:
                 rows = self._draw(job, loaded, progress)
                 start = time.perf_counter()
@@ -376,7 +412,7 @@ class SuiteRun:
             calibration=rows.record() if rows else None,
             parameters=budget.count(loaded.model).total,
             layout=layout_of(loaded.model).kind,
-            perplexity=self._perplexity(loaded, progress),
+            perplexity=perplexity(logits_of(loaded.model), judged_on, progress),
             tasks=self._score(loaded, progress) if job.with_tasks else (),
             compression_seconds=seconds,
             peak_rss_bytes=peak.bytes,
@@ -396,16 +432,11 @@ class SuiteRun:
         )
         return dataclasses.replace(rows, source=job.source)  # its name, and no path of this machine
 
-    def _perplexity(self, loaded: Loaded, progress: Progress) -> Perplexity:
-        profile, context = self.profile, context_length_of(loaded.model)
-        rows = windows(
-            self._text(self.suite.evaluation),
-            loaded.tokenizer,
-            length=profile.window,
-            count=profile.windows,
-            context_length=context,
-        )
-        return perplexity(logits_of(loaded.model), rows.tokens, progress)
+    def _evaluation_rows(self, loaded: Loaded) -> Tensor:
+        profile, text = self.profile, self._text(self.suite.evaluation)
+        context = context_length_of(loaded.model)
+        rows = windows(text, loaded.tokenizer, length=profile.window, count=profile.windows, context_length=context)
+        return rows.tokens
 
     def _score(self, loaded: Loaded, progress: Progress) -> tuple[TaskScore, ...]:
         scores = tasks.evaluate(
@@ -421,9 +452,9 @@ class SuiteRun:
         return tuple(dataclasses.replace(score, name=name, source=path) for score, (name, path) in named)
 
 
-def _interrupted() -> dict[str, Any]:
-    """A cell is asked for whose process has ended without one: only when it was stopped."""
-    raise KeyboardInterrupt
+def _not_there() -> dict[str, Any]:
+    """A cell is asked for that should be there."""
+    raise FoldawayError("a text, a task or the model was changed while the suite ran: run it again")
 
 
 def _words(cell: Cell) -> str:

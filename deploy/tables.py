@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.evaluation import Evaluation, Retention, Subject
 from benchmarks.intervals import Interval
+from benchmarks.table import Grid
 from benchmarks.tasks import TaskScore
 
 
@@ -16,19 +17,19 @@ def evaluation_table(found: Evaluation) -> Table:
     """One row per measurement; with a baseline its column and what has become of it."""
     table = Table(title=None, title_justify="left")
     table.add_column("")
-    table.add_column(found.subject.path, justify="right")
+    table.add_column(escape(found.subject.path), justify="right")
     if found.baseline is None:
         for row in _own_rows(found.subject):
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         return table
-    table.add_column(found.baseline.path, justify="right")
+    table.add_column(escape(found.baseline.path), justify="right")
     table.add_column("compared", justify="right")
     compared = _compared(found)
     for ours, theirs in zip(_own_rows(found.subject), _own_rows(found.baseline), strict=True):
-        table.add_row(*ours, theirs[1], compared.get(ours[0], ""))
+        table.add_row(*map(escape, (*ours, theirs[1], compared.get(ours[0], ""))))
     for name, text in compared.items():
         if name not in {row[0] for row in _own_rows(found.subject)}:
-            table.add_row(name, "", "", text)
+            table.add_row(escape(name), "", "", escape(text))
     return table
 
 
@@ -87,11 +88,11 @@ def _percent(value: float, error: float | None) -> str:
     return f"{value:.1%}" if error is None or math.isnan(error) else f"{value:.1%} ± {100 * error:.1f}"
 
 
-def plain_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Rows of strings under headers; all but the first column to the right."""
+def plain_table(grid: Grid) -> Table:
+    """A suite's table; all but the first column to the right."""
     table = Table()
-    for place, header in enumerate(headers):
-        table.add_column(header, justify="right" if place else "left")
-    for row in rows:
-        table.add_row(*row)
+    for place, header in enumerate(grid.headers):
+        table.add_column(escape(header), justify="right" if place else "left")
+    for row in grid.rows:
+        table.add_row(*map(escape, row))
     return table

@@ -54,10 +54,10 @@ def test_the_wheel_holds_the_five_packages_and_nothing_else(wheel_files: set[str
 
 
 @pytest.mark.xdist_group("wheel")
-def test_the_wheel_holds_every_module_and_every_recipe(wheel_files: set[str]) -> None:
+def test_the_wheel_holds_every_module_every_recipe_and_every_suite(wheel_files: set[str]) -> None:
     """A folder of modules without an __init__.py would be missing from the wheel without a word."""
     expected = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
-    expected += (ROOT / "deploy" / "recipes").glob("*.yaml")
+    expected += [*(ROOT / "deploy" / "recipes").glob("*.yaml"), *(ROOT / "benchmarks" / "suites").glob("*.yaml")]
     assert {path.relative_to(ROOT).as_posix() for path in expected} <= wheel_files
 
 

@@ -38,8 +38,8 @@ from compress.layout import layout_of
 from compress.methods import two_ssp
 from compress.ranking import lowest_indices, top_indices
 from compress.result import CompressedModel, Report, Run
-from compress.surgery import clone, cut_ffn, drop_attention, drop_blocks, drop_ffn, keep_neurons
-from compress.trials import Part, Removals, remove_greedily
+from compress.surgery import clone, cut_ffn, drop_attention, drop_blocks, empty_blocks, keep_neurons
+from compress.trials import Candidates, Part, Removals, remove_greedily
 
 # --- What every peer is asked, and how it answers
 
@@ -289,8 +289,13 @@ def blockpruner_outline(model: PreTrainedModel, rows: int, config: GreedyConfig)
     gone = _in_turns(sizes, target)
     if not gone:
         return 0.0
-    drop_ffn(model, [part.block for part in gone if part.kind == "ffn"])
-    drop_attention(model, [part.block for part in gone if part.kind == "attention"])
+    blocks = Decoder(model).blocks
+    for part in gone:
+        if part.kind == "ffn":
+            blocks[part.block].remove_ffn()
+        else:
+            blocks[part.block].remove_attention()
+    drop_blocks(model, empty_blocks(model))
     return config.rows * (1 + _likely_trials(sizes, target) / 2)
 
 
@@ -299,7 +304,7 @@ def _remove(
     calibration: TokenRows,
     config: GreedyConfig,
     run: Run,
-    candidates: Any,
+    candidates: Candidates,
     name: str,
     trials: int,
 ) -> Removals:

@@ -30,7 +30,6 @@ from compress.errors import BudgetError, ConfigError
 from compress.gating import BlockForwards
 from compress.layout import layout_of
 from compress.ranking import top_indices
-from compress.refit import keep_neurons_refitted
 from compress.result import CompressedModel, Report, Run
 from compress.surgery import clone, cut_ffn, drop_attention, keep_neurons
 from compress.trials import Part, Removals, remove_greedily
@@ -45,14 +44,12 @@ class TwoSSPConfig:
         alpha: balance of the stages; higher removes more attentions. The paper's value is 1.5.
         neuron_norm: norm over tokens that scores a neuron, "l2" (the paper's) or "l1" (its ablation).
         divisor: FFN widths become multiples of it, and the number of attentions makes up the difference.
-        refit: fit each FFN's output anew to the neurons that stay (not in the paper, see compress/refit.py).
     """
 
     sparsity: float
     alpha: float = 1.5
     neuron_norm: str = "l2"
     divisor: int | None = None
-    refit: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
@@ -63,8 +60,6 @@ class TwoSSPConfig:
             raise ConfigError(f"neuron_norm={self.neuron_norm!r} is not known; give 'l2' or 'l1'")
         if self.divisor is not None and (type(self.divisor) is not int or self.divisor < 1):
             raise ConfigError(f"divisor={self.divisor} is not a positive whole number; 64 or 128 suit most kernels")
-        if type(self.refit) is not bool:
-            raise ConfigError(f"refit={self.refit!r} is not true or false")
 
 
 def compress(
@@ -92,11 +87,7 @@ def compress(
     if config.sparsity > 0:
         with BlockForwards(Decoder(pruned)) as stage_1:
             scores = neuron_scores(pruned, calibration.tokens, config.neuron_norm, run)
-            kept = {b: top_indices(score, plan.widths[b]) for b, score in scores.items()}
-            if config.refit:
-                keep_neurons_refitted(pruned, kept, calibration.tokens, run, "2ssp: least-squares refit")
-            else:
-                keep_neurons(pruned, kept)
+        keep_neurons(pruned, {b: top_indices(score, plan.widths[b]) for b, score in scores.items()})
         forwards = stage_1.count
         removals = remove_attentions(pruned, calibration.tokens[:1], plan.attentions, run)
     numbers = {
@@ -132,8 +123,7 @@ def outline(model: PreTrainedModel, rows: int, config: TwoSSPConfig) -> float:
     cut_ffn(model, plan.widths)
     if plan.attentions:
         drop_attention(model, attending[: plan.attentions])
-    stage_1 = rows * (3 if config.refit else 1)
-    return stage_1 + (plan.attentions > 0) + trials(len(attending), plan.attentions) / 2
+    return rows + (plan.attentions > 0) + trials(len(attending), plan.attentions) / 2
 
 
 def trials(candidates: int, count: int) -> int:

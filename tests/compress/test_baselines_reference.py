@@ -1,4 +1,4 @@
-"""The methods that 2SSP is compared with, and its refit, against the slow reference, which shares no code with them."""
+"""The methods that 2SSP is compared with, against the slow reference, which shares no code with them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ WINDOW = [(0.2, "last"), (0.2, "all"), (0.5, "last"), (0.5, "all"), (0.8, "last"
 SLEB = [(0.3, 2), (0.8, 1)]
 BLOCKPRUNER = [(0.4, 2), (0.8, 1)]
 NEURONS = [0.1, 0.3]
-REFIT = [(0.3, 0.7), (0.5, 1.0)]  # (sparsity, alpha)
 RANDOM = [(0.3, 0.7), (0.4, 1.5), (0.5, 1.0)]  # (sparsity, alpha)
 
 
@@ -364,54 +363,6 @@ def test_random_depends_on_its_seed_and_on_nothing_else(architecture: str) -> No
     assert any(attentions != first[1] for _, attentions in others)
 
 
-# 2SSP with refit
-
-
-@functools.cache
-def expected_refit(model_type: str, setting: tuple[float, float]) -> reference.Refitted:
-    return reference.two_ssp_refitted(stock(model_type), ROWS.tokens, *setting)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])
-@pytest.mark.parametrize("setting", REFIT)
-def test_a_refit_agrees_on_neurons_weights_attentions_and_logits(
-    architecture: str, setting: tuple[float, float], dtype: torch.dtype
-) -> None:
-    theirs, dense = expected_refit(architecture, setting), tiny(architecture).to(dtype)
-    ours = compress("2ssp", dense, sparsity=setting[0], alpha=setting[1], refit=True)
-    numbers = ours.report.numbers
-    tolerance = 1e-5 if dtype == torch.float64 else 1e-3
-    assert neurons_left(dense, ours.model) == theirs.kept
-    for (_, before), (_, after), weight in zip(
-        projections(dense), projections(ours.model), theirs.weights, strict=True
-    ):
-        assert after.matrix.dtype == dtype
-        difference = np.abs(after.matrix.double().numpy() - weight).max()
-        assert difference < tolerance * np.abs(weight).max()
-        bias = getattr(before.module, "bias", None)
-        assert bias is None or torch.equal(bias, after.module.bias)
-    assert list(numbers["attentions_removed"]) == [b for _, b in (removal.part for removal in theirs.removals)]
-    perplexities = [removal.perplexity for removal in theirs.removals]
-    assert numbers["perplexity_after_removal"] == pytest.approx(perplexities, rel=tolerance)
-    expected = theirs.masked.logits(HELD_OUT)
-    difference = np.abs(logits_of(ours.model)(HELD_OUT).double().numpy() - expected).max()
-    assert difference < tolerance * np.abs(expected).max()
-
-
-def test_without_refit_2ssp_is_what_it_was(architecture: str) -> None:
-    options: dict[str, Any] = {"sparsity": 0.5, "alpha": 1.0}
-    plain, said, fitted = (
-        compress("2ssp", stock(architecture), **options, **more) for more in ({}, {"refit": False}, {"refit": True})
-    )
-    assert torch.equal(logits_of(plain.model)(HELD_OUT), logits_of(said.model)(HELD_OUT))
-    assert plain.report.numbers == said.report.numbers
-    assert not torch.allclose(logits_of(plain.model)(HELD_OUT), logits_of(fitted.model)(HELD_OUT), atol=0.01)
-    kept = neurons_left(stock(architecture), plain.model)
-    assert kept == neurons_left(stock(architecture), fitted.model) == expected_refit(architecture, (0.5, 1.0)).kept
-    if not plain.report.numbers["attentions_removed"]:
-        assert_cut(tiny(architecture), plain.model, kept)
-
-
 # Nothing to remove
 
 
@@ -449,16 +400,6 @@ def test_the_perplexity_of_rows_is_the_geometric_mean_of_theirs() -> None:
     masked = reference.Masked(tiny("llama"))
     alone = [masked.perplexity(row) for row in ROWS.tokens]
     assert masked.perplexity_of_rows(ROWS.tokens) == pytest.approx(math.prod(alone) ** (1 / 3))
-
-
-def test_a_fitted_ffn_is_closer_to_the_dense_one_than_a_cut_one(architecture: str) -> None:
-    masked = reference.Masked(stock(architecture))
-    Z = reference.stacked_neurons(masked, ROWS.tokens)[0]
-    out = next(projections(masked.model))[1].matrix.numpy().copy()
-    kept = expected_refit(architecture, REFIT[0]).kept[0]
-    weight = reference.refit(masked, 0, kept, ROWS.tokens)
-    cut, fitted = (np.linalg.norm(Z[:, kept] @ W.T - Z @ out.T) for W in (out[:, kept], weight))
-    assert fitted < 0.8 * cut
 
 
 def test_the_reference_knows_every_architecture_and_nothing_of_the_library() -> None:

@@ -52,7 +52,6 @@ CHANGES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
         "alpha": (0.6, NO_BALANCE),
         "neuron_norm": ("l1", ["l3", "", None]),
         "divisor": (8, [0, -64, 1.5, "64"]),
-        "refit": (True, [1, 0, "yes", None]),
     },
     "shortgpt": {"sparsity": (0.5, NO_SHARE), "tokens": ("all", ["first", 1])},
     "window": {"sparsity": (0.5, NO_SHARE), "tokens": ("all", ["first", 1])},
@@ -643,12 +642,11 @@ def blocks_run(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[
 def test_the_report_counts_the_block_passes_that_were_made(
     method: str, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for options in ({}, {"refit": True})[: 2 if method == "2ssp" else 1]:
-        model = tiny(architecture)
-        ran = blocks_run(model, monkeypatch)
-        numbers = run(method, model, **options).report.numbers
-        monkeypatch.undo()
-        assert numbers["block_forwards"] == len(ran)
+    model = tiny(architecture)
+    ran = blocks_run(model, monkeypatch)
+    numbers = run(method, model).report.numbers
+    monkeypatch.undo()
+    assert numbers["block_forwards"] == len(ran)
 
 
 def trials_of(method: str, B: int, numbers: Mapping[str, Any]) -> list[tuple[set[tuple[str, int]], int]]:

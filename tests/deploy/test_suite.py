@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -16,6 +20,7 @@ from compress import artifact
 from compress.errors import ConfigError
 from compress.result import no_progress
 from deploy.cli import main
+from deploy.comparison import child_environment
 from deploy.show import describe
 from deploy.suite import SuiteRun
 from tests.conftest import byte_tokenizer, tiny
@@ -138,7 +143,10 @@ def test_a_suite_computes_its_cells_in_processes_of_their_own(
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"evaluation": "builtin"}, "calibrated on"),
+        ({"calibration": "stories"}, "calibrated on"),
+        ({"calibrations": {**SUITE["calibrations"], "draws": [{"source": "stories"}]}}, "calibrated on"),
+        ({"methods": [*SUITE["methods"], {"label": "sleb", "method": "sleb"}]}, "'sleb-0.25'"),
+        ({"methods": [{"label": "x", "method": "sleb", "set": {"sparsity": 0.1}}]}, "under sparsities"),
         ({"methods": [{"label": "x", "method": "2sspp"}]}, "2sspp"),
         ({"methods": [{"label": "x", "method": "sleb"}, {"label": "x", "method": "sleb"}]}, "label"),
         ({"methods": [{"label": "x", "method": "sleb", "set": {"row": 1}}]}, "row"),
@@ -158,6 +166,41 @@ def test_a_suite_that_cannot_be_meant_is_refused(
         suite(data, tmp_path / "run", **changes)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_method_may_have_sparsities_of_its_own(data: Path, tmp_path: Path) -> None:
+    methods = [SUITE["methods"][0], {**SUITE["methods"][1], "sparsities": [0.3]}]
+    run = suite(data, tmp_path / "run", sparsities=[0.25], methods=methods, calibrations=None)
+    for name in ("dense", "2ssp-0.25", "sleb-0.3"):
+        run.compute(name, no_progress)
+    table = run.run(no_progress)
+    assert [row[1:] == ("", "") for row in tables.perplexity_grid(table).rows] == [False, False, False]
+    assert tables.perplexity_grid(table).rows[1][2] == ""
+    assert tables.ratio_grid(table).rows == ()
+
+
+def test_a_task_that_cannot_be_asked_is_refused_before_anything_is_computed(data: Path, tmp_path: Path) -> None:
+    write_rows(data / "quiz.jsonl", [{"query": "what", "gold": 0}])
+    with pytest.raises(ConfigError, match="lacks choices"):
+        suite(data, tmp_path / "run")
+
+
+@pytest.mark.xdist_group("eval")
+def test_ctrl_c_stops_the_cells_and_the_next_run_goes_on(data: Path, tmp_path: Path) -> None:
+    file, root = data / "tiny.yaml", tmp_path / "run"
+    suite(data, root)
+    command = [sys.executable, "-P", "-m", "deploy", "suite", str(file), "--data", str(data), "-o", str(root)]
+    process = subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while "perplexity" not in (line := process.stderr.readline()):  # the line that tells that the first cell is there
+        assert line or process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(root) in " ".join(p.info["cmdline"] or [])]
+    there = list(root.glob("cell-*.json"))
+    assert 1 <= len(there) < len(CELLS)
+    table = computed(data, root)
+    assert len(table.cells) == 4
 
 
 def test_a_cell_that_is_not_there_is_refused(data: Path, tmp_path: Path) -> None:

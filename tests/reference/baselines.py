@@ -1,4 +1,4 @@
-"""The methods that 2SSP is compared with, and its refit, once more from their definitions, slowly.
+"""The methods that 2SSP is compared with, once more from their definitions, slowly.
 
 As in two_ssp.py nothing is shared with the library and nothing is ever sliced: an FFN goes by zeroing its last linear
 (weight and bias), a block by zeroing both its parts. Every trial is a full forward pass in float64.
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.reference.two_ssp import Infeasible, Reference, _at, _is_conv, _matrix, balance, scores
+from tests.reference.two_ssp import Infeasible, Reference, _at, _matrix
 
 Part = tuple[str, int]  # ("attention", b), ("ffn", b) or ("block", b)
 Saved = list[tuple[nn.Parameter, Tensor]]
@@ -70,16 +70,6 @@ class Masked(Reference):
 
     def keep_neurons(self, b: int, kept: Sequence[int]) -> None:
         self.zero_neurons(b, [j for j in range(self.I) if j not in kept])
-
-    @torch.no_grad()
-    def set_neuron(self, b: int, j: int, column: np.ndarray) -> None:
-        """Give neuron j of block b another column (D,) in the FFN's last linear."""
-        weight = self.last(b).weight
-        assert isinstance(weight, Tensor)
-        if _is_conv(self.last(b)):
-            weight[j, :] = torch.from_numpy(column)
-        else:
-            weight[:, j] = torch.from_numpy(column)
 
     def perplexity_of_rows(self, rows: Tensor) -> float:
         """exp of the mean cross-entropy over all predicted tokens of all rows (N, T)."""
@@ -292,45 +282,3 @@ def wanda(model: Any, rows: Tensor, s: float) -> Neurons:
         W = _matrix(masked.last(b)).numpy()
         S.append(np.array([np.abs(W[:, j]).sum() * math.sqrt((Z[:, j] ** 2).sum()) for j in range(masked.I)]))
     return _cut(masked, S, s)
-
-
-# --- 2SSP with refit -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Refitted:
-    """Neurons kept, the new output weight (D, |K|) of every block, the attentions removed, and the masked model."""
-
-    kept: list[list[int]]
-    weights: list[np.ndarray]
-    removals: list[Removal]
-    masked: Masked
-
-
-@torch.no_grad()
-def refit(masked: Masked, b: int, kept: list[int], rows: Tensor) -> np.ndarray:
-    """Cut block b of a model that is cut below b, and fit its output anew: ridge regression on the kept neurons."""
-    Z = stacked_neurons(masked, rows)[b]
-    W = _matrix(masked.last(b)).numpy().copy()
-    Z_K = Z[:, kept]
-    gram = Z_K.T @ Z_K
-    ridge = 0.01 * np.trace(gram) / len(kept)
-    fitted: np.ndarray = np.linalg.inv(gram + ridge * np.eye(len(kept))) @ Z_K.T @ (Z @ W.T)  # (|K|, D)
-    masked.keep_neurons(b, kept)
-    for place, j in enumerate(kept):
-        masked.set_neuron(b, j, fitted[place])
-    return fitted.T
-
-
-def two_ssp_refitted(model: Any, rows: Tensor, s: float, alpha: float = 1.5) -> Refitted:
-    """2SSP whose first stage fits what stays to what was there; stage 2 sees the fitted model."""
-    masked = Masked(model)
-    N_attn, I_keep = balance(masked.B, masked.I, masked.a, masked.f, masked.P_blk, s, alpha)
-    kept = [highest(S, I_keep) for S in scores(masked, rows)]  # all from the dense model
-    weights = [refit(masked, b, kept[b], rows) for b in range(masked.B)]
-    removals: list[Removal] = []
-    left: list[Part] = [("attention", b) for b in range(masked.B)]
-    for _ in range(N_attn):
-        removals.append(remove_cheapest(masked, left, rows[:1]))
-        left.remove(removals[-1].part)
-    return Refitted(kept, weights, removals, masked)
