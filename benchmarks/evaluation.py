@@ -120,10 +120,16 @@ def retained(baseline: Sequence[TaskScore], candidate: Sequence[TaskScore]) -> t
     return (_retention("all", baseline, candidate), *each) if len(each) > 1 else tuple(each)
 
 
-def _retention(name: str, baseline: Sequence[TaskScore], candidate: Sequence[TaskScore]) -> Retention:
+def skill_kept(baseline: Sequence[TaskScore], candidate: Sequence[TaskScore]) -> tuple[float | None, Interval | None]:
+    """Share of the baseline's skill above chance that the candidate keeps; see `benchmarks.intervals.retention`."""
     ours, theirs = ([task.right for task in side] for side in (baseline, candidate))
-    value, interval = retention(ours, theirs, [task.chance for task in baseline])
-    pairs = [pair for task, other in zip(ours, theirs, strict=True) for pair in zip(task, other, strict=True)]
+    return retention(ours, theirs, [task.chance for task in baseline])
+
+
+def _retention(name: str, baseline: Sequence[TaskScore], candidate: Sequence[TaskScore]) -> Retention:
+    value, interval = skill_kept(baseline, candidate)
+    tasks = zip(baseline, candidate, strict=True)
+    pairs = [pair for task, other in tasks for pair in zip(task.right, other.right, strict=True)]
     return Retention(name, value, interval, sum(a != b for a, b in pairs) / len(pairs))
 
 

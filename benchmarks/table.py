@@ -10,7 +10,8 @@ from typing import Final, Literal
 
 from pydantic import JsonValue
 
-from benchmarks.intervals import Interval, exponential, exponential_of_mean, retention
+from benchmarks.evaluation import skill_kept
+from benchmarks.intervals import exponential, exponential_of_mean
 from benchmarks.machine import Machine
 from benchmarks.markup import Html
 from benchmarks.plots import Curve, curves
@@ -71,8 +72,8 @@ class Table(Strict):
         model: the dense model.
         profile: name of the size that was run.
         settings: that size: calibration rows and length, windows, items per task, device.
-        jobs: cells that were computed side by side; each had its share of the cores, so their seconds are comparable
-            with each other only.
+        jobs: cells that were computed side by side by the call that finished the table; each had its share of the
+            cores, so their seconds are comparable with each other only.
         texts: logical name -> hash of the text.
         dense: the model as it came.
         cells: methods and sparsities.
@@ -101,12 +102,6 @@ class Table(Strict):
 def read(path: Path) -> Table:
     """Read and check a suite's record; raises ConfigError as `benchmarks.record.read_as` does."""
     return read_as(Table, FORMAT, path)
-
-
-def retention_of(dense: Sequence[TaskScore], cell: Sequence[TaskScore]) -> tuple[float | None, Interval | None]:
-    """Share of the dense model's skill above chance that a cell keeps; see `benchmarks.intervals.retention`."""
-    ours, theirs = ([task.right for task in tasks] for tasks in (dense, cell))
-    return retention(ours, theirs, [task.chance for task in dense])
 
 
 # --- What a person reads: headers and rows of strings
@@ -151,7 +146,7 @@ def accuracy_grid(table: Table) -> Grid:
     def accuracy(cell: Cell) -> str:
         if cell.accuracy is None:
             return "-"
-        kept, interval = retention_of(table.dense.tasks, cell.tasks)
+        kept, interval = skill_kept(table.dense.tasks, cell.tasks)
         if kept is None or interval is None or cell.method is None:
             return f"{cell.accuracy:.1%}"
         return f"{cell.accuracy:.1%}, keeps {100 * kept:.0f} ({100 * interval.low:.0f} to {100 * interval.high:.0f})"

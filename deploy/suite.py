@@ -183,17 +183,37 @@ class SuiteRun:
     # --- What there is to do
 
     def _all_jobs(self) -> list[_Job]:
+        table = self._table_jobs()
+        return [*table, *(job for job in self._calibration_jobs() if job not in table)]
+
+    def _table_jobs(self) -> list[_Job]:
+        """The dense model, then every method at its sparsities."""
         suite = self.suite
         jobs = [_Job("dense", None, 0.0, suite.calibration, 0, True)]
         for method in suite.methods:
             sparsities = sorted(method.sparsities or suite.sparsities)
             jobs += [_Job(method.label, method, s, suite.calibration, 0, True) for s in sparsities]
-        if suite.calibrations is not None:
-            label, sparsity = suite.calibrations.label, suite.calibrations.sparsity
-            (method,) = (each for each in suite.methods if each.label == label)
-            for drawn in suite.calibrations.draws:
-                jobs += [_Job(label, method, sparsity, drawn.source, seed, False) for seed in drawn.seeds]
         return jobs
+
+    def _calibration_jobs(self) -> list[_Job]:
+        """One method at one sparsity, calibrated in several ways; what stands in the table as well is that cell."""
+        wanted = self.suite.calibrations
+        if wanted is None:
+            return []
+        (method,) = (each for each in self.suite.methods if each.label == wanted.label)
+        there = {(job.label, job.sparsity, job.source, job.seed) for job in self._table_jobs()}
+        return [
+            _Job(
+                wanted.label,
+                method,
+                wanted.sparsity,
+                drawn.source,
+                seed,
+                with_tasks=(wanted.label, wanted.sparsity, drawn.source, seed) in there,
+            )
+            for drawn in wanted.draws
+            for seed in drawn.seeds
+        ]
 
     def _path(self, below: str) -> Path:
         if self.data is None:
@@ -338,9 +358,10 @@ class SuiteRun:
         return shlex.join(words)
 
     def _table(self) -> Table:
-        cells = [
-            (job, CELL.validate_python(self.work.result(*self._stage(job), _not_there))) for job in self._all_jobs()
-        ]
+        cells = {
+            job.name: CELL.validate_python(self.work.result(*self._stage(job), _not_there)) for job in self._all_jobs()
+        }
+        dense, *table = (cells[job.name] for job in self._table_jobs())
         origin = json.loads((self.dense_path / "origin.json").read_text("utf-8"))
         return records.write(
             Table(
@@ -356,9 +377,9 @@ class SuiteRun:
                     **self.hashes,
                     self.suite.evaluation: self.evaluation_hash,
                 },
-                dense=next(cell for job, cell in cells if job.spec is None),
-                cells=tuple(cell for job, cell in cells if job.spec and job.with_tasks),
-                calibrations=tuple(cell for job, cell in cells if not job.with_tasks),
+                dense=dense,
+                cells=tuple(table),
+                calibrations=tuple(cells[job.name] for job in self._calibration_jobs()),
                 commands=(self._command(),),
                 machine=machine(),
             ),
