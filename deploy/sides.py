@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.tasks import Scorer, logits_scorer, torch_scorer
+from benchmarks.scoring import Scorer, logits_scorer, torch_scorer
 from compress import budget
 from compress.calibration import context_length_of
 from compress.errors import ConfigError

@@ -29,6 +29,7 @@ from benchmarks import tasks
 from benchmarks.machine import machine
 from benchmarks.memory import PeakMemory
 from benchmarks.record import Model
+from benchmarks.scoring import torch_scorer
 from benchmarks.table import Cell, Table
 from benchmarks.tasks import TaskScore
 from compress import budget
@@ -461,7 +462,7 @@ class SuiteRun:
 
     def _score(self, loaded: Loaded, progress: Progress) -> tuple[TaskScore, ...]:
         scores = tasks.evaluate(
-            tasks.torch_scorer(loaded.model),
+            torch_scorer(loaded.model),
             loaded.tokenizer,
             context_length_of(loaded.model),
             list(self.task_files.values()),

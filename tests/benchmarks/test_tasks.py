@@ -29,7 +29,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks import tasks
-from benchmarks.tasks import Question, TaskScore, _batches, evaluate, language_model, logits_scorer, torch_scorer
+from benchmarks.scoring import Question, _batches, language_model, logits_scorer, torch_scorer
+from benchmarks.task_files import read_task_file
+from benchmarks.tasks import TaskScore, evaluate
 from compress.errors import ConfigError, MissingExtra
 from compress.evaluate import logits_of
 from compress.methods import METHODS, method_config
@@ -136,7 +138,7 @@ def hflm(model: PreTrainedModel, tokenizer: Any, batch_size: int = 1) -> Any:
 
 def by_hflm(lm: Any, source: str, limit: int | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """lm-eval's results and samples of a file, through the same configuration of the task."""
-    file = tasks._read_file(source)
+    file = read_task_file(source)
     task = lm_eval.api.task.ConfigurableTask(config=file.shape.config(source, file.rows))
     found = lm_eval_evaluate(lm, {"tasks": {source: task}}, limit=limit, bootstrap_iters=10)
     return found["results"][source], found["samples"][source]
