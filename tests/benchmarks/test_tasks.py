@@ -417,7 +417,7 @@ def test_a_limit_below_one_is_refused(limit: int, files: list[str]) -> None:
 def test_no_task_and_one_task_twice_are_refused(files: list[str]) -> None:
     with pytest.raises(ConfigError, match="no task is named"):
         evaluate(never, byte_tokenizer(), CONTEXT, [])
-    with pytest.raises(ConfigError, match="named twice"):
+    with pytest.raises(ConfigError, match="two tasks are named choices"):
         evaluate(never, byte_tokenizer(), CONTEXT, [files[0], files[0]])
 
 
