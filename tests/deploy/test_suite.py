@@ -191,7 +191,14 @@ def test_ctrl_c_stops_the_cells_and_the_next_run_goes_on(data: Path, tmp_path: P
     file, root = data / "tiny.yaml", tmp_path / "run"
     suite(data, root)
     command = [sys.executable, "-P", "-m", "deploy", "suite", str(file), "--data", str(data), "-o", str(root)]
-    process = subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=child_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs these tests in the background may have left SIGINT ignored, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
     assert process.stderr is not None
     while "perplexity" not in (line := process.stderr.readline()):  # the line that tells that the first cell is there
         assert line or process.poll() is None
