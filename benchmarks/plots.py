@@ -195,9 +195,9 @@ def curves(title: str, lines: Sequence[Curve], reference: tuple[float, float], c
     """
     left, right, top, bottom = 56, 520, 34, 380
     widths = _padded(min(x for line in lines for x, _ in line.points), reference[0], 0.04)
-    x, y = _linear(*widths, left, right), _log(reference[1] / 1.25, ceiling, bottom, top)
+    x, y = _linear(*widths, left, right), _log(reference[1] / 1.5, ceiling, bottom, top)
     drawn: list[Html] = [tag("style", Html(CURVES_STYLE)), tag("rect", class_="page", width=760, height=430)]
-    for tick in _log_ticks(reference[1] / 1.25, ceiling):
+    for tick in _log_ticks(reference[1] / 1.5, ceiling):
         drawn.append(tag("line", class_="grid", x1=left, x2=right, y1=y(tick), y2=y(tick)))
         drawn.append(tag("text", number(tick), x=left - 8, y=y(tick) + 4, text_anchor="end"))
     for tick in _ticks(*widths, 6):

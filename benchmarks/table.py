@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ def accuracy_grid(table: Table) -> Grid:
         kept, interval = skill_kept(table.dense.tasks, cell.tasks)
         if kept is None or interval is None or cell.method is None:
             return f"{cell.accuracy:.1%}"
-        return f"{cell.accuracy:.1%}, keeps {100 * kept:.0f} ({100 * interval.low:.0f} to {100 * interval.high:.0f})"
+        return f"{cell.accuracy:.1%}, keeps {_percent(kept)} ({_percent(interval.low)} to {_percent(interval.high)})"
 
     return _grid(table, "mean accuracy", accuracy)
 
@@ -217,6 +218,11 @@ def _grid(
     if dense:
         rows.insert(0, ("dense", text(table.dense), *([""] * (len(sparsities) - 1))))
     return Grid((corner, *(f"{s:.1%}" for s in sparsities)), tuple(rows))
+
+
+def _percent(share: float) -> str:
+    """Whole percent, without a sign on zero."""
+    return str(round(100 * share)) if math.isfinite(share) else number(share)
 
 
 def _labels(cells: Sequence[Cell]) -> list[str]:
