@@ -145,8 +145,8 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
     with httpx.Client(trust_env=False, timeout=2.0) as client:
         while time.monotonic() < deadline:
             if process.poll() is not None:
-                last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing"])[-1]
-                raise BackendError(f"the server ended before it was ready; it said: {last} (all of it is in {log})")
+                said = last_words(log)
+                raise BackendError(f"the server ended before it was ready; it said: {said} (all of it is in {log})")
             try:
                 if client.get(url).status_code == httpx.codes.OK:
                     return
@@ -154,6 +154,11 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
                 pass
             time.sleep(0.1)
     raise BackendError(f"the server was not ready after {START_SECONDS:.0f} seconds; see {log}")
+
+
+def last_words(log: Path) -> str:
+    """The last line of what a process of ours wrote before it ended."""
+    return (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing"])[-1]
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

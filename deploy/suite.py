@@ -45,7 +45,7 @@ from compress.schema import Strict, read_yaml
 from compress.sources import Loaded, fingerprint, load, skeleton
 from compress.text import text_hash
 from deploy.bench import now
-from deploy.comparison import child_environment
+from deploy.comparison import child_environment, last_words
 from deploy.workspace import Workspace
 from exporters.base import installed_versions
 
@@ -336,8 +336,7 @@ class SuiteRun:
             if stop.is_set():
                 raise KeyboardInterrupt
             if process.returncode != 0:
-                last = (log.read_text("utf-8", "replace").strip().splitlines() or ["nothing"])[-1]
-                said = f"{job.name}: {last.removeprefix('foldaway: ')} (all of it is in {log})"
+                said = f"{job.name}: {last_words(log).removeprefix('foldaway: ')} (all of it is in {log})"
                 if process.returncode == USER_ERROR:
                     raise FoldawayError(said)
                 raise RuntimeError(f"the process of a cell ended with code {process.returncode}; {said}")
