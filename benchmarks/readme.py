@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks import delta_table as deltas
 from benchmarks import record as records
 from benchmarks import table as suites
 from benchmarks.measures import METRICS
@@ -40,6 +41,11 @@ def with_fresh_tables(text: str, root: Path = ROOT) -> str:
 def _tables(root: Path, source: str, name: str | None) -> str:
     if name is None:
         return tables(records.read(root / source), source)
+    if records.format_of(root / source) == deltas.FORMAT:
+        grid = deltas.grid_named(deltas.read(root / source), name)
+        if grid is None:
+            raise ConfigError(f"{source} has no table {name!r}; it has {', '.join(deltas.GRIDS)}")
+        return grid.markdown()
     table = suites.read(root / source)
     if name not in suites.GRIDS:
         raise ConfigError(f"{source} has no table {name!r}; it has {', '.join(suites.GRIDS)}")
@@ -49,8 +55,14 @@ def _tables(root: Path, source: str, name: str | None) -> str:
 def pictures(root: Path = ROOT) -> dict[Path, str]:
     """Path -> SVG of the picture of every committed suite."""
     found = sorted((root / "benchmarks" / "results").glob("*/*.json"))
-    tables = [path for path in found if records.format_of(path) == suites.FORMAT]
-    return {path.with_suffix(".svg"): suites.chart(suites.read(path)) + "\n" for path in tables}
+    drawn: dict[Path, str] = {}
+    for path in found:
+        kind = records.format_of(path)
+        if kind == suites.FORMAT:
+            drawn[path.with_suffix(".svg")] = suites.chart(suites.read(path)) + "\n"
+        elif kind == deltas.FORMAT:
+            drawn[path.with_suffix(".svg")] = deltas.chart(deltas.read(path)) + "\n"
+    return drawn
 
 
 def tables(record: Record, source: str) -> str:

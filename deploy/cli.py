@@ -8,31 +8,42 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shlex
 import shutil
 import signal
 import sys
-import textwrap
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from compress.errors import ConfigError, FoldawayError
+from deploy.arguments import (
+    DONE,
+    INTERRUPTED,
+    MODEL_HELP,
+    TEXT_HELP,
+    USER_ERROR,
+    add_device,
+    add_dry_run,
+    add_evaluation,
+    add_output,
+    assignments,
+    checked,
+    checked_device,
+    command,
+    evaluation_spec,
+    finish,
+    open_terminal,
+    output_folder,
+)
+from deploy.delta_commands import add_delta, add_finetune
 
 if TYPE_CHECKING:
     from deploy.terminal import Terminal
 
 # torch takes seconds to import: handlers import what they need, so that --help and mistakes answer at once.
-
-DONE, USER_ERROR, INTERRUPTED = 0, 2, 130
-
-MODEL_HELP = "a folder, a .gguf file, a hub id (owner/name), an artifact, or demo:smollm2"
-TEXT_HELP = "builtin, a text or .jsonl file, or hf:NAME[:CONFIG][:SPLIT]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_run(commands)
     _add_suite(commands)
+    add_finetune(commands)
+    add_delta(commands)
     _add_show(commands)
     return parser
 
@@ -88,26 +101,11 @@ def _version() -> str:
     return importlib.metadata.version("foldaway")
 
 
-def _command(
-    commands: Any, name: str, handler: Callable[[argparse.Namespace], int], what: str, about: str, example: str
-) -> Any:
-    """One command: its line in the list, and a help page that says what happens and shows a call."""
-    parser = commands.add_parser(
-        name,
-        help=what,
-        description=f"{what[0].upper()}{what[1:]}.\n\n{textwrap.dedent(about).strip()}",
-        epilog=f"Example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(handler=handler)
-    return parser
-
-
 # --- compress
 
 
 def _add_compress(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "compress",
         _compress,
@@ -159,9 +157,9 @@ def _add_compress(commands: Any) -> None:
     parser.add_argument(
         "--seed", type=int, metavar="N", help="of shuffling or sampling the calibration text (default 0)"
     )
-    _device(parser)
-    _dry_run(parser, "say what would come out and what it would cost; write nothing")
-    _output(parser, "the artifact's folder; must not exist yet, or be empty")
+    add_device(parser)
+    add_dry_run(parser, "say what would come out and what it would cost; write nothing")
+    add_output(parser, "the artifact's folder; must not exist yet, or be empty")
 
 
 def _compress(arguments: argparse.Namespace) -> int:
@@ -172,10 +170,10 @@ def _compress(arguments: argparse.Namespace) -> int:
     model, steps, calibration = _what_to_compress(arguments)
     if arguments.dry_run:
         return _predict(model, steps, calibration)
-    out, device = _output_folder(arguments), _checked_device(arguments.device)
+    out, device = output_folder(arguments), checked_device(arguments.device)
     check_free(out)
     scratch = out.absolute().with_name(f".{out.name}.scratch")
-    with _terminal() as terminal:
+    with open_terminal() as terminal:
         with terminal.working(f"Loading {model}"):
             loaded = load(model)
         manifest = compress_model(
@@ -199,7 +197,7 @@ def _compress(arguments: argparse.Namespace) -> int:
                 made = numbers[f"{prefix}block_forwards"]
                 terminal.say(f"Trials took {made:,} block forward passes, {made / naive:.0%} of what full ones need")
         terminal.say(f"Next: foldaway eval {out} --against {model}")
-    return _print({"artifact": manifest.id, "path": str(out), "layout": manifest.layout.kind, **numbers})
+    return finish({"artifact": manifest.id, "path": str(out), "layout": manifest.layout.kind, **numbers})
 
 
 def _what_to_compress(arguments: argparse.Namespace) -> tuple[str, list[tuple[str, dict[str, Any]]], Any]:
@@ -216,9 +214,9 @@ def _what_to_compress(arguments: argparse.Namespace) -> tuple[str, list[tuple[st
         return recipe.model, [(step.method, dict(step.set)) for step in recipe.steps], recipe.calibration
     if not arguments.model or not arguments.method:
         raise ConfigError("compress needs MODEL and --method, or --recipe; see foldaway compress --help")
-    options = _assignments(arguments.set)
+    options = assignments(arguments.set)
     method_config(arguments.method, options)
-    calibration = _checked(CalibrationSpec, **_calibration_options(arguments))
+    calibration = checked(CalibrationSpec, **_calibration_options(arguments))
     return arguments.model, [(arguments.method, options)], calibration
 
 
@@ -238,21 +236,21 @@ def _predict(model: str, steps: list[tuple[str, dict[str, Any]]], calibration: A
 
     from deploy.predict import predict
 
-    with _terminal() as terminal:
+    with open_terminal() as terminal:
         found = predict(model, steps, calibration)
         terminal.say(
             f"{model} would become a {found.layout} model of {found.parameters:,} parameters, "
             f"{found.bytes / 1e6:,.0f} MB. That would take about {found.memory_bytes / 1e9:.1f} GB of memory "
             f"and {found.minutes:.1f} minutes here"
         )
-    return _print({"model": model, **dataclasses.asdict(found)})
+    return finish({"model": model, **dataclasses.asdict(found)})
 
 
 # --- eval
 
 
 def _add_eval(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "eval",
         _eval,
@@ -271,12 +269,12 @@ def _add_eval(commands: Any) -> None:
     )
     parser.add_argument("path", metavar="PATH", help=f"an ONNX export, {MODEL_HELP}")
     parser.add_argument("--against", metavar="BASELINE", help="also measure this one, and how far PATH is from it")
-    _evaluation(parser)
+    add_evaluation(parser)
     parser.add_argument(
         "--tasks", nargs="+", default=[], metavar="TASK", help="zero-shot tasks: .jsonl files or lm-eval's names"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N items of each task (default: all)")
-    _device(parser)
+    add_device(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="also write the record there; must not exist yet")
 
 
@@ -285,10 +283,10 @@ def _eval(arguments: argparse.Namespace) -> int:
     from deploy.evaluation import evaluate
     from deploy.tables import evaluation_table
 
-    spec, device = _evaluation_spec(arguments), _checked_device(arguments.device)
+    spec, device = evaluation_spec(arguments), checked_device(arguments.device)
     if arguments.output:
         check_new_file(Path(arguments.output))
-    with _terminal() as terminal:
+    with open_terminal() as terminal:
         found = evaluate(
             arguments.path,
             arguments.against,
@@ -302,14 +300,14 @@ def _eval(arguments: argparse.Namespace) -> int:
         terminal.show(evaluation_table(found))
         if arguments.output:
             write_file(Path(arguments.output), found.model_dump_json(indent=2) + "\n")
-    return _print(found.model_dump())
+    return finish(found.model_dump())
 
 
 # --- export
 
 
 def _add_export(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "export",
         _export,
@@ -339,8 +337,8 @@ def _add_export(commands: Any) -> None:
     )
     parser.add_argument("--text", default="builtin", metavar="SOURCE", help=f"to check on: {TEXT_HELP}")
     parser.add_argument("--check-tokens", type=int, default=128, metavar="N", help="tokens to check on (default 128)")
-    _dry_run(parser, "say whether the format takes the model, and how large it would be; write nothing")
-    _output(parser, "the export's folder; must not exist yet, or be empty")
+    add_dry_run(parser, "say whether the format takes the model, and how large it would be; write nothing")
+    add_output(parser, "the export's folder; must not exist yet, or be empty")
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -356,9 +354,9 @@ def _export(arguments: argparse.Namespace) -> int:
     options = ExportOptions(arguments.dtype, arguments.block_size, arguments.accuracy_level)
     if arguments.dry_run:
         return _predict_export(arguments.path, arguments.to, options)
-    out = _output_folder(arguments)
+    out = output_folder(arguments)
     check_free(out)
-    with _terminal() as terminal:
+    with open_terminal() as terminal:
         with terminal.working(f"Loading {arguments.path}"):
             loaded = load(arguments.path)
         context = context_length_of(loaded.model)
@@ -371,7 +369,7 @@ def _export(arguments: argparse.Namespace) -> int:
             f"{parity.max_abs_difference:.2g}, and the first choice is the same at {parity.argmax_agreement:.1%}"
         )
         terminal.say(f"Next: foldaway serve {out}")
-    return _print(
+    return finish(
         {
             "path": str(made.path),
             "format": made.format,
@@ -386,17 +384,17 @@ def _export(arguments: argparse.Namespace) -> int:
 def _predict_export(path: str, to: str, options: Any) -> int:
     from deploy.predict import predict_export
 
-    with _terminal() as terminal:
+    with open_terminal() as terminal:
         parameters, size = predict_export(path, to, options)
         terminal.say(f"{to} takes {path}: {parameters:,} parameters, about {size / 1e6:,.0f} MB of weights")
-    return _print({"path": path, "to": to, "parameters": parameters, "bytes": size})
+    return finish({"path": path, "to": to, "parameters": parameters, "bytes": size})
 
 
 # --- serve
 
 
 def _add_serve(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "serve",
         _serve,
@@ -424,13 +422,13 @@ def _add_serve(commands: Any) -> None:
     parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="prompt and answer together, at most")
     parser.add_argument("--api-key-file", metavar="FILE", help="require this bearer key (or FOLDAWAY_API_KEY)")
     _until_stdin_closes(parser)
-    _device(parser)
+    add_device(parser)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
     from serving import serve
 
-    terminal = _terminal()
+    terminal = open_terminal()
     terminal.say(f"Loading {arguments.path}")
     _stop_with_parent(arguments)
     serve(
@@ -441,10 +439,10 @@ def _serve(arguments: argparse.Namespace) -> int:
         served_model_name=arguments.served_model_name,
         max_model_len=arguments.max_model_len,
         api_key=_api_key(arguments.api_key_file),
-        device=_checked_device(arguments.device),
+        device=checked_device(arguments.device),
         ready=lambda url: terminal.say(f"Serving at {url}/v1 until Ctrl-C"),
     )
-    return _print({"path": arguments.path, "stopped": True})
+    return finish({"path": arguments.path, "stopped": True})
 
 
 def _until_stdin_closes(parser: Any) -> None:
@@ -486,7 +484,7 @@ SUITES = {
 
 
 def _add_bench(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "bench",
         _bench,
@@ -502,8 +500,8 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--baseline", required=True, help="the same, of the uncompressed model")
     parser.add_argument("--suite", choices=sorted(SUITES), default="quick", help="how long to measure (default quick)")
     parser.add_argument("--gate", metavar="FILE", help="YAML with limits, such as {metric: perplexity, max_ratio: 1.1}")
-    _evaluation(parser)
-    _output(parser, "folder for record.json, report.html and the servers' logs")
+    add_evaluation(parser)
+    add_output(parser, "folder for record.json, report.html and the servers' logs")
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -512,13 +510,13 @@ def _bench(arguments: argparse.Namespace) -> int:
     from deploy.recipe import BenchmarkSpec
 
     limits = read_gate(Path(arguments.gate)).limits if arguments.gate else ()
-    with _terminal() as terminal:
+    with open_terminal() as terminal:
         record, report = bench(
             arguments.baseline,
             arguments.candidate,
-            _output_folder(arguments),
+            output_folder(arguments),
             limits=limits,
-            evaluation=_evaluation_spec(arguments),
+            evaluation=evaluation_spec(arguments),
             spec=BenchmarkSpec.model_validate(SUITES[arguments.suite]),
             progress=terminal.progress,
             command=arguments.command_line,
@@ -532,7 +530,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _add_run(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "run",
         _run,
@@ -545,9 +543,9 @@ def _add_run(commands: Any) -> None:
         "foldaway run deploy/recipes/demo.yaml -o runs/demo",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file; docs/formats.md describes it")
-    _device(parser)
-    _dry_run(parser, "say what each value of the recipe would give and cost; write nothing")
-    _output(parser, "the run's folder; run again with the same one to go on where it stopped")
+    add_device(parser)
+    add_dry_run(parser, "say what each value of the recipe would give and cost; write nothing")
+    add_output(parser, "the run's folder; run again with the same one to go on where it stopped")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -561,11 +559,11 @@ def _run(arguments: argparse.Namespace) -> int:
         for options in recipe.steps[-1].variants():
             _predict(recipe.model, [*chain, (recipe.steps[-1].method, options)], recipe.calibration)
         return DONE
-    with _terminal() as terminal:
+    with open_terminal() as terminal:
         pipeline = Pipeline(
             recipe,
-            _output_folder(arguments),
-            device=_checked_device(arguments.device),
+            output_folder(arguments),
+            device=checked_device(arguments.device),
             progress=terminal.progress,
             say=terminal.say,
         )
@@ -591,7 +589,7 @@ def _tell(terminal: Terminal, record: Any, report: Path) -> None:
 
 
 def _add_suite(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "suite",
         _suite,
@@ -599,7 +597,8 @@ def _add_suite(commands: Any) -> None:
         """
         A suite names a model, methods, sparsities, texts and tasks. Every cell of the table is computed in a process
         of its own and kept in DIR, so that a suite that was stopped goes on where it was. DIR/record.json is the
-        result; its tables are printed at the end.
+        result; its tables are printed at the end. A suite of kind deltas fine-tunes models, and stores what was added
+        in many ways.
         """,
         "foldaway suite benchmarks/suites/quality.yaml --data DIR -o runs/quality",
     )
@@ -609,41 +608,68 @@ def _add_suite(commands: Any) -> None:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells side by side, sharing the cores")
     parser.add_argument("--cell", metavar="NAME", help="compute this cell alone, in this process")
     _until_stdin_closes(parser)
-    _device(parser)
-    _output(parser, "the suite's folder; run again with the same one to go on where it stopped")
+    add_device(parser)
+    add_output(parser, "the suite's folder; run again with the same one to go on where it stopped")
 
 
 def _suite(arguments: argparse.Namespace) -> int:
     from benchmarks.table import GRIDS
+    from deploy.delta_suite import is_delta_suite
     from deploy.suite import SuiteRun
     from deploy.tables import plain_table
 
     _stop_with_parent(arguments)
-    with _terminal() as terminal:
+    if is_delta_suite(Path(arguments.suite)):
+        return _delta_suite(arguments)
+    with open_terminal() as terminal:
         run = SuiteRun(
             Path(arguments.suite),
-            _output_folder(arguments),
+            output_folder(arguments),
             data=Path(arguments.data) if arguments.data else None,
             profile=arguments.profile,
-            device=_checked_device(arguments.device),
+            device=checked_device(arguments.device),
             jobs=arguments.jobs,
             say=terminal.say,
         )
         if arguments.cell is not None:
             cell = run.compute(arguments.cell, terminal.progress)
-            return _print({"cell": arguments.cell, "perplexity": cell.perplexity.value, "accuracy": cell.accuracy})
+            return finish({"cell": arguments.cell, "perplexity": cell.perplexity.value, "accuracy": cell.accuracy})
         table = run.run(terminal.progress)
         for name, grid in GRIDS.items():
             if name != "calibration" or table.calibrations:
                 terminal.show(plain_table(grid(table)))
-    return _print({"record": str(run.root / "record.json"), "id": table.id, "cells": len(table.cells)})
+    return finish({"record": str(run.root / "record.json"), "id": table.id, "cells": len(table.cells)})
+
+
+def _delta_suite(arguments: argparse.Namespace) -> int:
+    from benchmarks.delta_table import bytes_grid, pairs_grid, timings_grid
+    from deploy.delta_suite import DeltaSuiteRun
+    from deploy.tables import plain_table
+
+    if arguments.cell is not None or arguments.jobs != 1:
+        raise ConfigError("a suite of deltas runs in one process: leave out --cell and --jobs")
+    with open_terminal() as terminal:
+        run = DeltaSuiteRun(
+            Path(arguments.suite),
+            output_folder(arguments),
+            data=Path(arguments.data) if arguments.data else None,
+            profile=arguments.profile,
+            device=checked_device(arguments.device),
+            say=terminal.say,
+            progress=terminal.progress,
+        )
+        table = run.run()
+        for grid in (pairs_grid(table), *map(bytes_grid, table.pairs), timings_grid(table)):
+            terminal.show(plain_table(grid))
+    cells = sum(len(pair.cells) for pair in table.pairs)
+    return finish({"record": str(run.root / "record.json"), "id": table.id, "cells": cells})
 
 
 # --- show
 
 
 def _add_show(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "show",
         _show,
@@ -660,103 +686,7 @@ def _show(arguments: argparse.Namespace) -> int:
     from deploy.show import describe
 
     kind, words, content = describe(Path(arguments.path))
-    with _terminal() as terminal:
+    with open_terminal() as terminal:
         for line in words:
             terminal.say(line)
-    return _print({"kind": kind, **content})
-
-
-# --- shared pieces
-
-
-def _output(parser: Any, what: str) -> None:
-    parser.add_argument("-o", "--output", metavar="DIR", help=what)
-
-
-def _output_folder(arguments: argparse.Namespace) -> Path:
-    if not arguments.output:
-        raise ConfigError("say where the result goes: -o DIR")
-    return Path(arguments.output)
-
-
-def _device(parser: Any) -> None:
-    parser.add_argument("--device", default="cpu", help="where PyTorch computes: cpu, cuda or cuda:N (default cpu)")
-
-
-def _dry_run(parser: Any, what: str) -> None:
-    parser.add_argument("--dry-run", action="store_true", help=what)
-
-
-def _checked_device(name: str) -> str:
-    from compress.device import device_named
-
-    return str(device_named(name))
-
-
-def _evaluation(parser: Any) -> None:
-    parser.add_argument("--text", default="builtin", metavar="SOURCE", help=f"held-out text: {TEXT_HELP}")
-    parser.add_argument("--window", type=int, default=2048, metavar="TOKENS", help="tokens per window (default 2048)")
-    parser.add_argument("--windows", type=int, metavar="N", help="how many windows (default: all of the text)")
-    parser.add_argument(
-        "--stride",
-        type=int,
-        metavar="TOKENS",
-        help="let windows overlap: a new one starts every so many tokens, and predicts its last so many",
-    )
-
-
-def _evaluation_spec(arguments: argparse.Namespace) -> Any:
-    from deploy.recipe import EvaluationSpec
-
-    return _checked(
-        EvaluationSpec,
-        source=arguments.text,
-        window=arguments.window,
-        windows=arguments.windows,
-        stride=arguments.stride,
-    )
-
-
-def _checked(schema: Any, **values: Any) -> Any:
-    from pydantic import ValidationError
-
-    from compress.schema import complaint
-
-    try:
-        return schema(**values)
-    except ValidationError as error:
-        raise ConfigError(complaint(error)) from error
-
-
-def _assignments(given: Sequence[str]) -> dict[str, Any]:
-    """``["sparsity=0.25"]`` to ``{"sparsity": 0.25}``; values are read as YAML scalars."""
-    options: dict[str, Any] = {}
-    for item in given:
-        name, equals, value = item.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"--set {item}: write NAME=VALUE")
-        try:
-            options[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {item}: the value cannot be read") from error
-    return options
-
-
-def _terminal() -> Terminal:
-    from deploy.terminal import Terminal
-
-    return Terminal()
-
-
-def _print(result: dict[str, Any]) -> int:
-    """The last line of stdout; JSON has no word for NaN and infinity, so they become null."""
-    print(json.dumps(_finite(result), allow_nan=False))
-    return DONE
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return finish({"kind": kind, **content})

@@ -1,4 +1,4 @@
-"""What a path is, in words and in data: an artifact, an export or a record."""
+"""What a path is, in words and in data: an artifact, an export, a delta or a record."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import evaluation, table
+from benchmarks import delta_table, evaluation, table
 from benchmarks import record as records
 from benchmarks.evaluation import Evaluation
 from benchmarks.record import Record
 from benchmarks.table import Table
 from benchmarks.words import gains_and_losses, headline
 from compress import artifact
+from compress.delta.package import Package, is_delta
 from compress.errors import ConfigError
 from compress.methods import METHODS
+from deploy.deltas import summary
 from exporters.base import is_export, read_export
 
 
@@ -41,7 +43,10 @@ def describe(path: Path) -> tuple[str, list[str], dict[str, Any]]:
             f"made from {maker}",
         ]
         return "export", words, json.loads(export.model_dump_json())
-    raise ConfigError(f"{path} is no artifact, export or record of foldaway's")
+    if is_delta(path):
+        description = Package(path).description
+        return "delta", summary(description), json.loads(description.model_dump_json())
+    raise ConfigError(f"{path} is no artifact, export, delta or record of foldaway's")
 
 
 def _describe_record(path: Path) -> tuple[str, list[str], dict[str, Any]]:
@@ -55,6 +60,11 @@ def _describe_record(path: Path) -> tuple[str, list[str], dict[str, Any]]:
         found = table.read(path)
         words = [f"{found.title} on {found.model.name}, profile {found.profile}: {len(found.cells)} cells"]
         return "table", words, json.loads(found.model_dump_json())
+    if kind == delta_table.FORMAT:
+        deltas = delta_table.read(path)
+        pairs = ", ".join(f"{pair.name} ({len(pair.cells)})" for pair in deltas.pairs)
+        words = [f"{deltas.title}, profile {deltas.profile}: ways to store {pairs}"]
+        return "delta table", words, json.loads(deltas.model_dump_json())
     found = records.read(path)
     return "record", [found.title, *outcome(found)], json.loads(found.model_dump_json())
 

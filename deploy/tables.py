@@ -11,6 +11,7 @@ from benchmarks.evaluation import Evaluation, Retention, Subject
 from benchmarks.intervals import Interval
 from benchmarks.table import Grid
 from benchmarks.tasks import TaskScore
+from compress.delta.advise import Advice
 
 
 def evaluation_table(found: Evaluation) -> Table:
@@ -30,6 +31,17 @@ def evaluation_table(found: Evaluation) -> Table:
     for name, text in compared.items():
         if name not in {row[0] for row in _own_rows(found.subject)}:
             table.add_row(escape(name), "", "", escape(text))
+    return table
+
+
+def outlook_table(advice: Advice) -> Table:
+    """What dropping more of a delta would do: one row per share dropped."""
+    table = Table(title=None)
+    for header in ("p", "int8 package", "output error, q = 1 - p", "output error, best q"):
+        table.add_column(header, justify="right")
+    for row in advice.outlook:
+        errors = ("-" if error is None else f"{error:.0%}" for error in (row.dare_error, row.best_error))
+        table.add_row(f"{row.p:g}", f"{row.bytes / 1e6:,.1f} MB", *errors)
     return table
 
 

@@ -6,32 +6,42 @@ import dataclasses
 import json
 import re
 import shlex
+from fractions import Fraction
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
+import torch
+import yaml
 from pydantic import BaseModel
 
+from benchmarks import delta_table as delta_tables
 from benchmarks import evaluation as evaluations
 from benchmarks import table as tables
+from benchmarks.delta_table import DeltaTable
 from benchmarks.evaluation import Evaluation
 from benchmarks.gate import GateFile, Limit, read_gate
 from benchmarks.record import Record
 from benchmarks.record import read as read_record
 from benchmarks.table import Table
 from compress.artifact import Manifest, identity, read_manifest
-from compress.schema import read_yaml
+from compress.delta import indices, masks, values
+from compress.delta.checkpoint import digest
+from compress.delta.package import DESCRIPTION, VERSION, Description
+from compress.schema import read_versioned, read_yaml
 from deploy.cli import build_parser
+from deploy.delta_suite import DeltaSuite
 from deploy.recipe import Recipe, read_recipe
 from deploy.suite import Suite
 from exporters.base import ExportRecord, read_export
 
-LEANS_ON = {"evaluation": ("record",), "table": ("record", "evaluation")}
+LEANS_ON = {"evaluation": ("record",), "table": ("record", "evaluation"), "delta-table": ("record",)}
 """Sections that send the reader to others for what they share."""
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMATS = (ROOT / "docs" / "formats.md").read_text("utf-8")
 README = (ROOT / "README.md").read_text("utf-8")
+DELTAS = (ROOT / "docs" / "deltas.md").read_text("utf-8")
 SCHEMAS = {
     "recipe": Recipe,
     "gate": GateFile,
@@ -41,6 +51,9 @@ SCHEMAS = {
     "evaluation": Evaluation,
     "suite": Suite,
     "table": Table,
+    "delta": Description,
+    "delta-suite": DeltaSuite,
+    "delta-table": DeltaTable,
 }
 
 
@@ -112,6 +125,58 @@ def test_the_example_of_a_table_is_read_and_fills_the_example_of_a_suite(tmp_pat
     assert [(cell.label, cell.sparsity) for cell in table.cells] == asked
 
 
+def test_the_example_of_a_delta_is_read_and_was_not_changed_by_hand(tmp_path: Path) -> None:
+    (tmp_path / DESCRIPTION).write_text(example("delta"))
+    description = read_versioned(tmp_path / DESCRIPTION, Description, VERSION)
+    assert description.identity() == description.id
+    assert description.base_digest() == description.base.digest
+
+
+def test_the_example_of_a_table_of_deltas_is_read_and_fills_the_example_of_a_suite(tmp_path: Path) -> None:
+    (tmp_path / "suite.yaml").write_text(example("delta-suite"))
+    (tmp_path / "record.json").write_text(example("delta-table"))
+    suite, table = read_yaml(tmp_path / "suite.yaml", DeltaSuite, "suite"), delta_tables.read(tmp_path / "record.json")
+    assert [pair.name for pair in table.pairs] == [pair.name for pair in suite.pairs]
+    for asked, found in zip(suite.pairs, table.pairs, strict=True):
+        ways = suite.grids[asked.grid]
+        pruned = [(way.label, p, kind) for way in ways for p in way.p for kind in way.values]
+        low_rank = [(way.label, None, "bf16") for way in ways for _ in way.ranks]
+        assert sorted((cell.label, cell.p, cell.values) for cell in found.cells if cell.p) == sorted(pruned)
+        assert [(cell.label, cell.p, cell.values) for cell in found.cells if cell.p is None] == low_rank
+
+
+@pytest.fixture(scope="module")
+def vectors() -> dict[str, Any]:
+    """Numbers that others may test a reader of delta packages with."""
+    found: dict[str, Any] = yaml.safe_load(example("delta-vectors"))
+    return found
+
+
+def test_the_masks_in_the_documents_are_those_that_are_drawn(vectors: dict[str, Any]) -> None:
+    stream, tensor, limit = vectors["mix"], vectors["tensor"], vectors["threshold"]
+    mixed = masks.mix(stream["s"], torch.arange(len(stream["first"])))
+    assert [number % (1 << 64) for number in mixed.tolist()] == stream["first"]
+    assert masks.tensor_seed(tensor["seed"], tensor["name"]) == tensor["s"]
+    assert int(Fraction(limit["density"]) * (1 << 32)) == limit["is"]
+    assert {mask["scheme"] for mask in vectors["masks"]} == set(masks.SCHEMES)
+    for mask in vectors["masks"]:
+        shape = (2, mask["cols"])
+        kept = masks.random_index(mask["scheme"], Fraction(mask["density"]), tensor["seed"], tensor["name"], shape)
+        assert (len(kept), masks.checksum(kept)) == (mask["kept"], mask["index"])
+        assert kept[: len(mask["first"])].tolist() == mask["first"]
+
+
+def test_the_bits_in_the_documents_are_those_that_are_stored(vectors: dict[str, Any]) -> None:
+    assert {case["kind"] for case in vectors["positions"]} == set(get_args(indices.Coding))
+    for case in vectors["positions"]:
+        rows, cols = case["shape"]
+        _, stored = indices.encode(torch.tensor(case["kept"]), (rows, cols), case["kind"])
+        assert {name: tensor.tolist() for name, tensor in stored.items()} == case["stored"]
+    for case in vectors["values"]:
+        assert values.store(torch.tensor(case["kept"], dtype=torch.float32), case["values"]).tolist() == case["stored"]
+    assert digest(torch.tensor(vectors["digest"]["bf16"], dtype=torch.bfloat16)) == vectors["digest"]["is"]
+
+
 @pytest.mark.parametrize("name", sorted(SCHEMAS))
 def test_every_key_of_a_format_is_described(name: str) -> None:
     described = "".join(section(each) for each in (name, *LEANS_ON.get(name, ())))
@@ -119,7 +184,7 @@ def test_every_key_of_a_format_is_described(name: str) -> None:
     assert not sorted(keys_of(SCHEMAS[name]) - written)
 
 
-@pytest.mark.parametrize("name", ["manifest", "export", "record", "evaluation", "table"])
+@pytest.mark.parametrize("name", ["manifest", "export", "record", "evaluation", "table", "delta", "delta-table"])
 def test_an_example_shows_every_key_at_the_top(name: str) -> None:
     assert set(json.loads(example(name))) == set(SCHEMAS[name].model_fields)
 
@@ -130,7 +195,7 @@ def command_lines(text: str) -> list[str]:
     return [call.replace("[", "").replace("]", "") for call in calls]
 
 
-@pytest.mark.parametrize("line", command_lines(README))
+@pytest.mark.parametrize("line", [*command_lines(README), *command_lines(DELTAS)])
 def test_a_command_line_in_the_documents_is_one_that_the_program_takes(line: str) -> None:
     assert hasattr(build_parser().parse_args(shlex.split(line)[1:]), "handler")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from compress.errors import ConfigError
 from compress.methods import baselines, two_ssp
 from compress.result import CompressedModel
+from compress.schema import configured
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,4 @@ def method_config(name: str, options: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: an option is not known, is missing, or has a value that cannot be meant.
     """
-    method = method_named(name)
-    fields = {field.name: field for field in dataclasses.fields(method.config)}
-    unknown = sorted(set(options) - set(fields))
-    if unknown:
-        raise ConfigError(f"{name} has no option {unknown[0]!r}; it has {', '.join(fields)}")
-    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in options]
-    if missing:
-        raise ConfigError(f"{name} needs {missing[0]}; add it as {missing[0]}=VALUE")
-    try:
-        return method.config(**options)
-    except TypeError as error:
-        raise ConfigError(f"{name}: an option has a value of the wrong type ({error})") from error
+    return configured(method_named(name).config, options, name)

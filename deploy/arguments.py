@@ -1,0 +1,131 @@
+"""What commands share: their help pages, options that several take, and how results are printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from compress.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deploy.terminal import Terminal
+
+DONE, USER_ERROR, INTERRUPTED = 0, 2, 130
+
+MODEL_HELP = "a folder, a .gguf file, a hub id (owner/name), an artifact, or demo:smollm2"
+TEXT_HELP = "builtin, a text or .jsonl file, or hf:NAME[:CONFIG][:SPLIT]"
+
+
+def command(
+    commands: Any, name: str, handler: Callable[[argparse.Namespace], int], what: str, about: str, example: str
+) -> Any:
+    """One command: its line in the list, and a help page that says what happens and shows a call."""
+    parser = commands.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.\n\n{textwrap.dedent(about).strip()}",
+        epilog=f"Example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def add_output(parser: Any, what: str) -> None:
+    parser.add_argument("-o", "--output", metavar="DIR", help=what)
+
+
+def output_folder(arguments: argparse.Namespace) -> Path:
+    if not arguments.output:
+        raise ConfigError("say where the result goes: -o DIR")
+    return Path(arguments.output)
+
+
+def add_device(parser: Any) -> None:
+    parser.add_argument("--device", default="cpu", help="where PyTorch computes: cpu, cuda or cuda:N (default cpu)")
+
+
+def add_dry_run(parser: Any, what: str) -> None:
+    parser.add_argument("--dry-run", action="store_true", help=what)
+
+
+def checked_device(name: str) -> str:
+    from compress.device import device_named
+
+    return str(device_named(name))
+
+
+def add_evaluation(parser: Any) -> None:
+    parser.add_argument("--text", default="builtin", metavar="SOURCE", help=f"held-out text: {TEXT_HELP}")
+    parser.add_argument("--window", type=int, default=2048, metavar="TOKENS", help="tokens per window (default 2048)")
+    parser.add_argument("--windows", type=int, metavar="N", help="how many windows (default: all of the text)")
+    parser.add_argument(
+        "--stride",
+        type=int,
+        metavar="TOKENS",
+        help="let windows overlap: a new one starts every so many tokens, and predicts its last so many",
+    )
+
+
+def evaluation_spec(arguments: argparse.Namespace) -> Any:
+    from deploy.recipe import EvaluationSpec
+
+    return checked(
+        EvaluationSpec,
+        source=arguments.text,
+        window=arguments.window,
+        windows=arguments.windows,
+        stride=arguments.stride,
+    )
+
+
+def checked(schema: Any, **values: Any) -> Any:
+    from pydantic import ValidationError
+
+    from compress.schema import complaint
+
+    try:
+        return schema(**values)
+    except ValidationError as error:
+        raise ConfigError(complaint(error)) from error
+
+
+def assignments(given: Sequence[str]) -> dict[str, Any]:
+    """``["sparsity=0.25"]`` to ``{"sparsity": 0.25}``; values are read as YAML scalars."""
+    options: dict[str, Any] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set {item}: write NAME=VALUE")
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {item}: the value cannot be read") from error
+    return options
+
+
+def open_terminal() -> Terminal:
+    from deploy.terminal import Terminal
+
+    return Terminal()
+
+
+def finish(result: dict[str, Any]) -> int:
+    """Print the last line of stdout; JSON has no word for NaN and infinity, so they become null."""
+    print(json.dumps(_finite(result), allow_nan=False))
+    return DONE
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
