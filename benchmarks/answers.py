@@ -50,14 +50,18 @@ def read_items(path: Path) -> list[Item]:
         ConfigError: the file cannot be read, or is in another shape.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
         if path.suffix == ".tsv":
             pairs = [line.rsplit("\t", 1) for line in lines[1:]]
-            return [Item(f"{sentence.strip()}\nSentiment:", LABELS, int(label)) for sentence, label in pairs]
-        rows = [json.loads(line) for line in lines]
-        return [Item(f"Question: {row['question']}\nAnswer:", (f" {row['answer']}",), 0) for row in rows]
+            items = [Item(f"{text.strip()}\nSentiment:", LABELS, ("0", "1").index(label)) for text, label in pairs]
+        else:
+            rows = [json.loads(line) for line in lines]
+            items = [Item(f"Question: {row['question']}\nAnswer:", (f" {row['answer']}",), 0) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} holds no questions that can be read: {error}") from error
+    if not items:
+        raise ConfigError(f"{path} holds no questions")
+    return items
 
 
 @dataclass(frozen=True)

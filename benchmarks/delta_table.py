@@ -215,14 +215,14 @@ def bytes_grid(pair: DeltaPair) -> Grid:
     for cell in sorted(pair.cells, key=lambda each: each.bytes):
         value, interval = kept_of(pair, cell)
         accuracy = cell.score.answers.accuracy
-        times = 2 * pair.pruned_parameters / cell.pruned_bytes
+        times = f"{2 * pair.pruned_parameters / cell.pruned_bytes:.1f}" if cell.pruned_bytes else ""
         rows.append(
             (
                 cell.label,
                 "" if cell.p is None else f"{cell.p:g}",
                 cell.values,
                 f"{cell.bytes / 1e6:.2f} MB",
-                f"{times:.1f}",
+                times,
                 f"{value:.0%} ({interval.low:.0%} to {interval.high:.0%})",
                 "" if accuracy is None else f"{accuracy:.1%}",
             )

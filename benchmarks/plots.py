@@ -269,7 +269,7 @@ def _curve(
     colour, dashes = PALETTE[place % len(PALETTE)], DASHES[place // len(PALETTE) % len(DASHES)]
     path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
     stroke = {"stroke": colour, "stroke_dasharray": dashes, "clip_path": "url(#inside)"}
-    level = TOP + 6 + 21 * place
+    level = TOP + 6 + 17 * place
     return [
         tag("polyline", class_="curve", points=path, **stroke),
         *(tag("circle", cx=x(a), cy=y(b), r=3, fill=colour) for a, b in marked),
@@ -292,7 +292,7 @@ def _standing(title: str, words: str, drawn: Sequence[Html]) -> Html:
 
 
 PALETTE = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#8f6a00", "#6940a5", "#c4342b", "#64748b")
-DASHES = (None, "6 4")
+DASHES = (None, "6 4", "2 3")
 CURVES_STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1f2937; }
 .page { fill: #ffffff; }

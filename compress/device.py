@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from compress.errors import ConfigError
 
@@ -22,3 +23,9 @@ def device_named(name: str) -> torch.device:
     if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
         raise ConfigError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; give cpu")
     return device
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the parameters of a model another dtype, in place; buffers, such as rotary frequencies, stay as they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # in place of a new Parameter, which would untie embeddings

@@ -29,6 +29,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from compress import text
+from compress.delta.checkpoint import digest
+from compress.device import cast_weights
 from compress.errors import ConfigError, require
 from compress.optim import AdamR
 from compress.result import Progress, Run
@@ -74,19 +76,28 @@ class FinetuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive = {"learning_rate": self.learning_rate, "epochs": self.epochs, "batch": self.batch}
-        for name, value in {**positive, "max_length": self.max_length, "steps": self.steps or 1}.items():
-            if not value > 0:
-                raise ConfigError(f"{name} must be above 0, not {value}")
-        for name, value in {"strength": self.strength, "weight_decay": self.weight_decay}.items():
-            if value < 0:
-                raise ConfigError(f"{name} must not be below 0, not {value}")
-        if not 0 <= self.warmup < 1 or self.lora_rank < 0:
-            raise ConfigError("warmup is a share in [0, 1), and lora_rank is 0 or more")
+        steps = 1 if self.steps is None else self.steps
+        for name, value in {"steps": steps, "batch": self.batch, "max_length": self.max_length}.items():
+            _check_whole(name, value, 1)
+        for name, value in {"lora_rank": self.lora_rank, "seed": self.seed}.items():
+            _check_whole(name, value, 0)
+        for name, size in {"learning_rate": self.learning_rate, "epochs": self.epochs}.items():
+            if not 0 < size < math.inf:
+                raise ConfigError(f"{name} must be above 0, not {size}")
+        for name, size in {"strength": self.strength, "weight_decay": self.weight_decay}.items():
+            if not 0 <= size < math.inf:
+                raise ConfigError(f"{name} must not be below 0, not {size}")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"warmup is a share in [0, 1), not {self.warmup}")
         if self.optimizer not in ("adamw", "adamr-l2", "adamr-l1"):
             raise ConfigError(f"optimizer {self.optimizer!r} is not known: adamw, adamr-l2 or adamr-l1")
         if self.schedule not in ("linear", "cosine", "constant"):
             raise ConfigError(f"schedule {self.schedule!r} is not known: linear, cosine or constant")
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be a whole number from {least}, not {value}")
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,7 @@ def read_examples(source: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool
         ConfigError: nothing is there, or it is not in the shape of examples.
     """
     render = _with_template(tokenizer) if chat and tokenizer.chat_template else _as_it_stands
-    documents = text.read(source, render=render).documents
+    documents = [document for document in text.read(source, render=render).documents if document.strip()]
     parts = [document.partition(BOUNDARY) for document in documents]
     return [Example(before, after) if found else Example("", before) for before, found, after in parts]
 
@@ -208,21 +219,26 @@ def train(
     collate: Callable[[Any], dict[str, torch.Tensor]],
     config: FinetuneConfig,
     run: Run,
+    new: frozenset[str] = frozenset(),
 ) -> float:
     """Train any model of transformers in place on rows that ``collate`` makes batches of; see `finetune`.
 
-    Batches are of rows of like length, so that little is padding.
+    Batches are of rows of like length, so that little is padding. Parameters named in ``new`` have no base value that
+    AdamR could pull them to. An interrupted call that goes on in a second or later pass over the rows takes them in
+    another order than one that was not interrupted.
     """
     if not rows:
         raise ConfigError("there are no examples to fine-tune on")
     dtype = model.dtype
-    steps = config.steps or math.ceil(len(rows) / config.batch * config.epochs)
-    model.to(device=run.device, dtype=torch.float32)  # type: ignore[call-arg]
+    steps = math.ceil(len(rows) / config.batch * config.epochs) if config.steps is None else config.steps
+    checkpoints = None if run.scratch is None else run.scratch / f"finetune-{_digest(model, config, rows)}"
+    model.to(run.device)  # type: ignore[arg-type]
+    cast_weights(model, torch.float32)
     learner = _learner(model, config)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) if run.scratch is None else run.scratch / f"finetune-{_digest(config, rows)}"
+        folder = Path(temporary) if checkpoints is None else checkpoints
         arguments = _arguments(folder, steps, config, run)
-        optimizer = _optimizer(learner, config)
+        optimizer = _optimizer(learner, config, new)
         schedule = get_scheduler(
             config.schedule if config.schedule != "constant" else "constant_with_warmup",
             optimizer,
@@ -240,10 +256,12 @@ def train(
         trainer.remove_callback(PrinterCallback)
         last = get_last_checkpoint(folder) if folder.is_dir() else None  # type: ignore[no-untyped-call]
         trainer.train(resume_from_checkpoint=last)
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # computes in its own dtype again
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if config.lora_rank:
         learner.merge_and_unload()
-    model.to(device="cpu", dtype=dtype)  # type: ignore[call-arg]
+    model.to("cpu")  # type: ignore[arg-type]
+    cast_weights(model, dtype)
     model.train(False)
     model.requires_grad_(False)
     end = losses[-math.ceil(len(losses) / 10) :]
@@ -266,12 +284,21 @@ def _learner(model: PreTrainedModel, config: FinetuneConfig) -> Any:
     return model
 
 
-def _optimizer(learner: Any, config: FinetuneConfig) -> torch.optim.Optimizer:
-    parameters = [p for p in learner.parameters() if p.requires_grad]
+def _optimizer(learner: Any, config: FinetuneConfig, new: frozenset[str]) -> torch.optim.Optimizer:
+    learning = {name: p for name, p in learner.named_parameters() if p.requires_grad}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    norm = "l2" if config.optimizer == "adamr-l2" else "l1"
-    return AdamR(parameters, config.learning_rate, strength=config.strength, norm=norm)  # type: ignore[arg-type]
+        return torch.optim.AdamW(learning.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in learning.items() if name not in new]},
+        {"params": [p for name, p in learning.items() if name in new], "anchored": False},
+    ]
+    return AdamR(
+        [group for group in groups if group["params"]],
+        config.learning_rate,
+        strength=config.strength,
+        norm="l2" if config.optimizer == "adamr-l2" else "l1",
+        weight_decay=config.weight_decay,
+    )
 
 
 def _arguments(folder: Path, steps: int, config: FinetuneConfig, run: Run) -> TrainingArguments:
@@ -295,10 +322,12 @@ def _arguments(folder: Path, steps: int, config: FinetuneConfig, run: Run) -> Tr
     )
 
 
-def _digest(config: FinetuneConfig, rows: Sequence[Any]) -> str:
+def _digest(model: PreTrainedModel, config: FinetuneConfig, rows: Sequence[Any]) -> str:
     """What a checkpoint belongs to."""
-    content = json.dumps([dataclasses.asdict(config), list(rows)], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
+    found = hashlib.sha256(json.dumps([dataclasses.asdict(config), list(rows)], sort_keys=True).encode())
+    for name, parameter in model.named_parameters():
+        found.update(f"{name} {digest(parameter)}\n".encode())
+    return found.hexdigest()[:12]
 
 
 class _Tell(TrainerCallback):

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from compress.arch import ARCHITECTURES, architecture_of
+from compress.device import cast_weights
 from compress.errors import ArtifactError, ConfigError, CorruptArtifact, UnsupportedArchitecture, first_line
 from compress.files import sha256_of
 from compress.remote_code import MODEL_TYPE, FoldawayConfig, FoldawayForCausalLM, base_config
@@ -263,7 +264,7 @@ def _load_gguf(place: _Place, dtype: torch.dtype | None) -> Loaded:
         tokenizer = AutoTokenizer.from_pretrained(place.where, **place.options)
         # In float32 transformers expands the weights; asked for less it may keep them packed, where none can be cut.
         model = AutoModelForCausalLM.from_pretrained(place.where, **place.options, dtype=torch.float32)
-        model.to(dtype or torch.float32)  # type: ignore[arg-type]
+        cast_weights(model, dtype or torch.float32)
         licence, quantised_from = _gguf_facts(Path(place.where) / str(place.gguf))
     except Exception as error:  # the GGUF readers raise whatever a broken file leads them to
         raise CorruptArtifact(f"{place.name} cannot be read as GGUF: {first_line(error)}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -105,10 +106,14 @@ def assignments(given: Sequence[str]) -> dict[str, Any]:
         if not equals or not name:
             raise ConfigError(f"--set {item}: write NAME=VALUE")
         try:
-            options[name] = yaml.safe_load(value)
+            # YAML takes a number without a point, such as 2e-5, for a string.
+            options[name] = float(value) if EXPONENTIAL.fullmatch(value) else yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {item}: the value cannot be read") from error
     return options
+
+
+EXPONENTIAL = re.compile(r"[+-]?[0-9]+[eE][+-]?[0-9]+")
 
 
 def open_terminal() -> Terminal:

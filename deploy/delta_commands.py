@@ -23,6 +23,7 @@ from deploy.arguments import (
 
 if TYPE_CHECKING:
     from compress.finetune import Example
+    from deploy.deltas import Pair
     from deploy.terminal import Terminal
 
 FOLDER_HELP = "a folder of safetensors or a hub id"
@@ -127,7 +128,7 @@ def _add_pack(commands: Any) -> None:
           values=int8          what kept elements are stored as: bf16, int8, int4 or sign (p=0 with sign is BitDelta)
           keep=random          what stays: random elements (positions cost nothing: a seed brings them back), those of
                                largest magnitude, or by wanda (magnitude times input norm)
-          rescale=least-squares   how the rest is scaled: dare (1 / (1 - p)), none, fixed (with q=NUMBER), search (one
+          rescale=dare         how the rest is scaled: dare (1 / (1 - p)), none, fixed (with q=NUMBER), search (one
                                q, by --labelled or else by the change of the outputs), paper-bound, analytic-mse (a q
                                for each matrix), least-squares (a factor for each output, for the mask drawn)
           scale=row            or tensor: what shares a scale (default: tensor beyond p = 0.95)
@@ -159,7 +160,7 @@ def _pack(arguments: argparse.Namespace) -> int:
         raise ConfigError("--labelled is for --set rescale=search")
     with open_terminal() as terminal:
         pair = _opened(arguments, terminal)
-        examples = _examples(arguments) if arguments.labelled else None
+        examples = _examples(arguments, pair) if arguments.labelled else None
         description = pack_delta(pair, out, config, storage, calibration, examples)
         for line in summary(description):
             terminal.say(line)
@@ -309,6 +310,8 @@ def _advise(arguments: argparse.Namespace) -> int:
         for reason in advice.reasons:
             terminal.say(f"* {reason}")
         options = " ".join(f"--set {name}={value}" for name, value in advice.options.items())
+        if arguments.calibration not in ("none", "builtin"):
+            options += f" --calibration {arguments.calibration}"
         terminal.say(f"Next: foldaway delta pack {arguments.base} {arguments.finetuned} {options} -o DIR")
     return finish(dataclasses.asdict(advice))
 
@@ -321,7 +324,7 @@ def _pair(parser: Any) -> None:
     parser.add_argument("finetuned", metavar="FINETUNED", help=f"{FOLDER_HELP}, or a folder with a LoRA adapter")
 
 
-def _opened(arguments: argparse.Namespace, terminal: Terminal) -> Any:
+def _opened(arguments: argparse.Namespace, terminal: Terminal) -> Pair:
     from deploy.deltas import Pair
 
     device = checked_device(arguments.device)
@@ -342,8 +345,10 @@ def _calibration_spec(arguments: argparse.Namespace) -> Any:
     return checked(CalibrationSpec, source=arguments.calibration, rows=arguments.rows, length=arguments.length)
 
 
-def _examples(arguments: argparse.Namespace) -> list[Example]:
+def _examples(arguments: argparse.Namespace, pair: Pair) -> list[Example]:
+    from compress.delta.checkpoint import model_folder
     from compress.finetune import read_examples
     from compress.sources import read_tokenizer
 
-    return read_examples(arguments.labelled, read_tokenizer(arguments.finetuned), chat=not arguments.plain)
+    tokenizer = read_tokenizer(str(model_folder(pair.base, pair.finetuned)))
+    return read_examples(arguments.labelled, tokenizer, chat=not arguments.plain)

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, JsonValue, TypeAdapter
@@ -78,7 +78,7 @@ class DeltaProfile(Strict):
         repeats: of what is timed.
     """
 
-    items: dict[str, int]
+    items: dict[str, Annotated[int, Field(ge=1)]]
     window: int = Field(ge=2)
     windows: int = Field(ge=1)
     rows: int = Field(ge=1)
@@ -152,12 +152,15 @@ class DeltaSuiteRun:
         for pair in self.suite.pairs:
             if pair.grid not in self.suite.grids or pair.name not in self.profile.items:
                 raise ConfigError(f"{file}: pair {pair.name!r} needs a grid, and a number of items in the profile")
-            if pair.train == pair.test:
-                raise ConfigError(f"{file}: pair {pair.name!r} is tested on what it is trained on")
             configured(FinetuneConfig, pair.finetune, "finetune")
             list(self._jobs(pair))
         paths = {self.suite.text, *(p for pair in self.suite.pairs for p in (pair.train, pair.test))}
         self.hashes = {path: sha256_of(self._path(path)) for path in sorted(paths)}
+        for pair in self.suite.pairs:
+            if self.hashes[pair.train] == self.hashes[pair.test]:
+                raise ConfigError(f"{file}: pair {pair.name!r} is tested on what it is trained on")
+            read_items(self._path(pair.train)), read_items(self._path(pair.test))
+            fingerprint_of(pair.model, learner_for(pair.model, device, progress))
         self.work = Workspace(root)
 
     def _path(self, below: str) -> Path:
@@ -286,6 +289,7 @@ class _PairRun:
         with new_folder(path) as folder:
             loss = self.learner.finetune(self.base, self.train, config, folder, self.suite.root / "scratch")
             (folder / "loss.json").write_text(json.dumps({"loss": loss}), encoding="utf-8")
+        shutil.rmtree(self.suite.root / "scratch", ignore_errors=True)
 
     def run(self) -> DeltaPair:
         """All cells of the pair."""

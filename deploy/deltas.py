@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from compress.calibration import draw
 from compress.delta.advise import Advice, advise
-from compress.delta.checkpoint import Adapter, Checkpoint, open_base, open_finetuned, roles_of
+from compress.delta.checkpoint import Adapter, Checkpoint, model_folder, open_base, open_finetuned, roles_of
 from compress.delta.pack import Storage, pack
 from compress.delta.package import Description, Package, check_base
 from compress.delta.tune import label_score, matrix_inputs, output_score, tuned
@@ -76,7 +76,7 @@ class Pair:
             model=loaded.model,
             progress=self.run.progress,
         )
-        folder = self.finetuned.folder if not isinstance(self.finetuned, Adapter) else self.base.folder
+        folder = model_folder(self.base, self.finetuned)
         live = dict(loaded.model.named_parameters())
         names = [name for name in roles_of(folder).matrices if name in live and name in self.finetuned.names]
         return rows.tokens, rows.record(), matrix_inputs(loaded.model, names, rows.tokens, self.run)
@@ -190,7 +190,7 @@ def difference(one: Path, other: Path) -> dict[str, Any]:
     differ = [name for name in names if _result(ours, name) != _result(theirs, name)]
     settings = ("density", "scheme", "seed", "values", "scale", "rows", "config")
     return {
-        "same_base": ours.base.digest == theirs.base.digest,
+        "same_base": _same_base(ours, theirs),
         "options": {
             key: [getattr(ours, key), getattr(theirs, key)]
             for key in settings
@@ -200,6 +200,13 @@ def difference(one: Path, other: Path) -> dict[str, Any]:
         "tensors_that_differ": differ,
         "bytes": [_total(ours), _total(theirs)],
     }
+
+
+def _same_base(ours: Description, theirs: Description) -> bool:
+    """Whether the bases agree where both packages need them."""
+    both = [(entry.base, theirs.tensors[name].base) for name, entry in ours.tensors.items() if name in theirs.tensors]
+    needed = [(one, other) for one, other in both if one is not None and other is not None]
+    return bool(needed) and all(one == other for one, other in needed)
 
 
 def _result(description: Description, name: str) -> str | None:

@@ -146,9 +146,7 @@ class Decoder:
         """Prompts alone, joined: what a user without labels has."""
         text = "\n\n".join(item.prompt for item in items[: rows * length])
         tokens = self._tokenizer(base).encode(text[: 20 * rows * length], add_special_tokens=False)
-        if len(tokens) < rows * length:
-            raise ConfigError(f"the training examples have {len(tokens)} tokens, and {rows} x {length} are wanted")
-        return torch.tensor(tokens[: rows * length]).view(rows, length)
+        return _rows(tokens, rows, length)
 
     def matrix_inputs(self, folder: Path, rows: Tensor) -> dict[str, Tensor]:
         """Of all matrices that are pruned."""
@@ -202,7 +200,8 @@ class Encoder:
             for ids, item in zip(encoded["input_ids"], items, strict=True)
         ]
         run = Run(progress=self.run.progress, device=self.run.device, scratch=scratch)
-        loss = train(model, rows, DataCollatorWithPadding(tokenizer), config, run)
+        new = frozenset(name for name, _ in model.named_parameters() if not name.startswith(model.base_model_prefix))
+        loss = train(model, rows, DataCollatorWithPadding(tokenizer), config, run, new)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
         return loss
@@ -241,7 +240,7 @@ class Encoder:
         """Sentences, joined, in chunks."""
         text = " ".join(_sentence(item) for item in items[: rows * length])
         tokens = self._tokenizer(base)(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return torch.tensor(tokens[: rows * length]).view(rows, length)
+        return _rows(tokens, rows, length)
 
     def matrix_inputs(self, folder: Path, rows: Tensor) -> dict[str, Tensor]:
         """Of all matrices that are pruned."""
@@ -276,6 +275,12 @@ class Encoder:
 
     def _tokenizer(self, folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _rows(tokens: Sequence[int], rows: int, length: int) -> Tensor:
+    if len(tokens) < rows * length:
+        raise ConfigError(f"the training examples have {len(tokens)} tokens, and {rows} x {length} are wanted")
+    return torch.tensor(tokens[: rows * length]).view(rows, length)
 
 
 def _stored(folder: Path) -> list[str]:

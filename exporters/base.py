@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress import budget
+from compress.device import cast_weights
 from compress.errors import ArtifactError, ConfigError
 from compress.layout import layout_of
 from compress.result import Progress
@@ -154,8 +155,7 @@ def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     if all(parameter.dtype == dtype for parameter in model.parameters()):
         return model
     other = copy.deepcopy(model)
-    for parameter in other.parameters():
-        parameter.data = parameter.data.to(dtype)  # in place of a new Parameter, which would untie embeddings
+    cast_weights(other, dtype)
     return other
 
 

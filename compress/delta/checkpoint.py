@@ -22,6 +22,8 @@ from compress.methods.darex import lora_delta
 from compress.remote_code import MODEL_TYPE
 from compress.sources import local_folder, skeleton
 
+DESCRIPTION = "delta.json"
+"""What tells a delta package from a model."""
 TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Types of weights that a delta can be taken of: their names in safetensors, and in torch."""
 
@@ -184,16 +186,28 @@ class Adapter:
         return (tensor.float() + (delta.T if self._transposed[name] else delta)).to(tensor.dtype)
 
 
+def model_folder(base: Tensors, finetuned: Tensors) -> Path:
+    """Where the fine-tune's config and tokenizer lie: an adapter has those of its base."""
+    return base.folder if isinstance(finetuned, Adapter) else finetuned.folder
+
+
 def open_base(name: str) -> Checkpoint:
     """The base model: a folder or a hub id."""
-    return Checkpoint(local_folder(name))
+    return _open_model(name)
 
 
 def open_finetuned(name: str, base: Checkpoint) -> Checkpoint | Adapter:
     """A fine-tune: a folder, a hub id, or a folder with a LoRA adapter."""
     if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
         return Adapter(base, Path(name))
-    return Checkpoint(local_folder(name))
+    return _open_model(name)
+
+
+def _open_model(name: str) -> Checkpoint:
+    folder = local_folder(name)
+    if (folder / DESCRIPTION).is_file():
+        raise ConfigError(f"{name} is a delta package, not a model: apply it first (foldaway delta apply)")
+    return Checkpoint(folder)
 
 
 def digest(tensor: Tensor) -> str:

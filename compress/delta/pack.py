@@ -17,9 +17,19 @@ from torch import Tensor
 
 from compress.artifact import versions
 from compress.delta import indices, package
-from compress.delta.checkpoint import TYPES, Roles, Tensors, bits, digest, roles_of, same_bits
+from compress.delta.checkpoint import (
+    DESCRIPTION,
+    TYPES,
+    Roles,
+    Tensors,
+    bits,
+    digest,
+    model_folder,
+    roles_of,
+    same_bits,
+)
 from compress.delta.masks import checksum
-from compress.delta.package import COPIED, DESCRIPTION, Change, Description, Entry, Kind, Measured, Sizes, Source
+from compress.delta.package import COPIED, Change, Description, Entry, Kind, Measured, Sizes, Source
 from compress.delta.values import VALUE_TYPES, ValueType, quantise, store
 from compress.errors import ConfigError
 from compress.files import new_folder
@@ -103,12 +113,24 @@ def prune(
     needs_kept = config.rescale == "least-squares"
     whole = values * scales.repeat_interleave(counts) if needs_kept else values
     kept = scattered(index, whole, delta.shape) if needs_kept else delta
-    options = config if by_row else dataclasses.replace(config, per_row=False)
-    scales = scales * factors(delta, kept, options, inputs, bias_delta)
+    scales = scales * factors(delta, kept, effective(config, storage), inputs, bias_delta)
     if not by_row:
         return Pruned(index, values, scales, None)
     largest = scales.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     return Pruned(index, values, largest[None], (scales / largest).half())
+
+
+def bias_delta(name: str, base: Tensors, finetuned: Tensors, config: DarexConfig) -> Tensor | None:
+    """The delta of the bias that belongs to a weight, fp32 (out,), where the paper's bound wants it."""
+    bias = f"{name.removesuffix('weight')}bias"
+    if config.rescale != "paper-bound" or bias not in base.names or bias not in finetuned.names:
+        return None
+    return finetuned.get(bias).float() - base.get(bias).float()
+
+
+def effective(config: DarexConfig, storage: Storage) -> DarexConfig:
+    """Without scales of rows there is room for one factor per matrix only."""
+    return dataclasses.replace(config, per_row=config.per_row and storage.scale_for(config) == "row")
 
 
 class _Writer:
@@ -149,7 +171,7 @@ class _Packer:
     ) -> None:
         self.base, self.finetuned, self.config, self.storage, self.inputs = base, finetuned, config, storage, inputs
         self.base_names = set(base.names)
-        self.roles: Roles = roles_of(finetuned.folder if (finetuned.folder / "config.json").is_file() else base.folder)
+        self.roles: Roles = roles_of(model_folder(base, finetuned))
         self.writer = _Writer(folder)
         self.bytes = dict.fromkeys(("pruned_parameters", "values", "positions", "scales", "rows", "dense"), 0)
         self.magnitude, self.zeros, self.ratios = 0.0, 0, list[float]()
@@ -199,21 +221,24 @@ class _Packer:
     def _pruned(self, name: str, base: Tensor, tensor: Tensor) -> Entry:
         transposed = self.roles.matrices[name]
         delta = tensor.float() - base.float()
-        self._measure(name, delta, tensor, base)
+        magnitude = _magnitude(name, delta)
         delta = delta.T.contiguous() if transposed else delta
         inputs = self.inputs(name)
-        pruned = prune(name, delta, self.config, self.storage, inputs, self._bias_delta(name))
+        bias = bias_delta(name, self.base, self.finetuned, self.config)
+        pruned = prune(name, delta, self.config, self.storage, inputs, bias)
         shape = (delta.shape[0], delta.shape[1])
         index = pruned.index
         if transposed:
             index = (index % shape[1]) * shape[0] + index // shape[1]
         result = package.added(base, Change(index, pruned.addend(shape)), tensor.dtype)
         if self.config.density == 1 and self.storage.values == "bf16" and not same_bits(result, tensor):
-            self.bytes["pruned_parameters"] -= delta.numel()
             return self._dense(name, tensor)  # nothing is dropped, so nothing may be lost
+        self.magnitude += magnitude
+        self.zeros += int((tensor == base).sum())
         if inputs is not None:
             self.ratios.append(influence_ratio(delta, inputs))
         kind, positions = self._positions(pruned.index, shape)
+        self.bytes["pruned_parameters"] += delta.numel()
         self.bytes["values"] += self.writer.add({f"{name}.values": store(pruned.values, self.storage.values)})
         self.bytes["positions"] += self.writer.add({f"{name}.{piece}": each for piece, each in positions.items()})
         scales = {f"{name}.scale": pruned.scale}
@@ -233,20 +258,6 @@ class _Packer:
         if self.config.keep == "random":
             return "seed", {}
         return indices.encode(index, shape)
-
-    def _bias_delta(self, name: str) -> Tensor | None:
-        bias = f"{name.removesuffix('weight')}bias"
-        if self.config.rescale != "paper-bound" or bias not in self.base_names:
-            return None
-        return self.finetuned.get(bias).float() - self.base.get(bias).float()
-
-    def _measure(self, name: str, delta: Tensor, tensor: Tensor, base: Tensor) -> None:
-        magnitude = float(delta.abs().sum(dtype=torch.float64))
-        if not math.isfinite(magnitude):
-            raise ConfigError(f"{name} has weights that are not finite: this fine-tune or its base is broken")
-        self.magnitude += magnitude
-        self.zeros += int((tensor == base).sum())
-        self.bytes["pruned_parameters"] += delta.numel()
 
     def measured(self) -> Measured:
         """What was seen of the delta."""
@@ -302,7 +313,7 @@ def pack(
             tensors[name] = packer.entry(name)
             progress("packing", done, len(finetuned.names))
         packer.writer.flush()
-        _copy_files(base.folder, finetuned.folder, folder)
+        _copy_files(model_folder(base, finetuned), folder)
         headers = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         headers -= sum(size for part, size in packer.bytes.items() if part != "pruned_parameters")
         description = Description(
@@ -315,7 +326,7 @@ def pack(
             values=storage.values,
             scale=storage.scale_for(config),
             rows=storage.rows,
-            config=dataclasses.asdict(config),
+            config=dataclasses.asdict(effective(config, storage)),
             calibration=dict(calibration) if calibration else None,
             measured=packer.measured(),
             sizes=Sizes(**packer.bytes, headers=headers),
@@ -334,14 +345,21 @@ def pack(
 _FLOATING = {getattr(torch, name) for name in TYPES.values()}
 
 
+def _magnitude(name: str, delta: Tensor) -> float:
+    """The sum of magnitudes, which is finite only where all elements are."""
+    magnitude = float(delta.abs().sum())
+    if not math.isfinite(magnitude):
+        raise ConfigError(f"{name} has weights that are not finite: this fine-tune or its base is broken")
+    return magnitude
+
+
 def _check_finite(name: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise ConfigError(f"{name} has weights that are not finite: this fine-tune is broken")
 
 
-def _copy_files(base: Path, finetuned: Path, folder: Path) -> None:
-    """Config and tokenizer of the fine-tune; an adapter has those of its base."""
-    source = finetuned if (finetuned / "config.json").is_file() else base
+def _copy_files(source: Path, folder: Path) -> None:
+    """Config and tokenizer of the fine-tune."""
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

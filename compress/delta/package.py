@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.delta import indices
-from compress.delta.checkpoint import TYPES, Checkpoint, Tensors, digest
+from compress.delta.checkpoint import DESCRIPTION, TYPES, Checkpoint, Tensors, digest
 from compress.delta.masks import Scheme, checksum, random_index
 from compress.delta.values import STORED_TYPE, ValueType, restore, stored_length
 from compress.errors import ArtifactError, ConfigError, CorruptArtifact
@@ -35,7 +35,6 @@ from compress.schema import FileEntry, Strict, read_versioned
 
 FORMAT: Final = "foldaway-delta"
 VERSION: Final = 1
-DESCRIPTION = "delta.json"
 
 Kind = Literal["seed", "u16", "gap8", "bitmap", "rows", "dense", "same"]
 PRUNED: tuple[Kind, ...] = ("seed", "u16", "gap8", "bitmap")

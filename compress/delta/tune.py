@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compress.delta.checkpoint import Tensors, roles_of
-from compress.delta.pack import Storage, prune
+from compress.delta.checkpoint import Tensors, model_folder, roles_of
+from compress.delta.pack import Storage, bias_delta, prune
 from compress.evaluate import cross_entropy, logits_of
 from compress.finetune import Example, tokens_of
 from compress.methods.darex import DarexConfig, output_change, search
@@ -117,13 +117,14 @@ def put_pruned(
 ) -> None:
     """Give a live model the weights that a package would bring back; tensors that are not pruned stay as they are."""
     live = model.state_dict(keep_vars=True)
-    for name, transposed in roles_of(finetuned.folder).matrices.items():
+    for name, transposed in roles_of(model_folder(base, finetuned)).matrices.items():
         if name not in live or name not in finetuned.names or name not in base.names:
             continue
-        before = base.get(name).float()
+        before = base.get(name).to(torch.float32, copy=True)  # it may be a view of a file
         delta = finetuned.get(name).float() - before
         delta, before = (delta.T, before.T) if transposed else (delta, before)
-        pruned = prune(name, delta.contiguous(), config, storage, inputs.get(name))
+        bias = bias_delta(name, base, finetuned, config)
+        pruned = prune(name, delta.contiguous(), config, storage, inputs.get(name), bias)
         found = before.reshape(-1)
         found[pruned.index] += pruned.addend((delta.shape[0], delta.shape[1]))
         whole = found.view(delta.shape)

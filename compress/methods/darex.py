@@ -72,7 +72,7 @@ class DarexConfig:
     p: float | str = 0.95
     keep: Keep = "random"
     scheme: Scheme | None = None
-    rescale: Rescale = "least-squares"
+    rescale: Rescale = "dare"
     q: float | None = None
     per_row: bool = True
     eta: float | None = None
@@ -80,6 +80,8 @@ class DarexConfig:
 
     def __post_init__(self) -> None:
         density = float(self.density)
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ConfigError(f"seed must be a whole number, not {self.seed}")
         if self.keep not in KEEPS:
             raise ConfigError(f"keep={self.keep!r} is not known: {', '.join(KEEPS)}")
         if self.rescale not in RESCALES:

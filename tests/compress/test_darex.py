@@ -332,7 +332,7 @@ def test_the_largest_stay_as_in_the_reference(p: str) -> None:
 def test_an_input_that_is_never_on_is_dropped_first() -> None:
     delta, inputs = normal(9, 30), normal(12, 30, seed=1)
     delta[:, 4], inputs[:, 4] = 100.0, 0.0
-    index = darex.kept_index("x", delta, DarexConfig(p="1/2", keep="wanda"), inputs)
+    index = darex.kept_index("x", delta, DarexConfig(p="1/2", keep="wanda", rescale="none"), inputs)
     assert 4 not in (index % 30).tolist()
 
 
@@ -467,7 +467,7 @@ def test_a_factor_of_inputs_that_were_not_given_is_refused(rescale: Any) -> None
 
 def test_wanda_without_inputs_is_refused() -> None:
     with pytest.raises(ConfigError, match="calibrate"):
-        darex.kept_index("x", normal(2, 30), DarexConfig(keep="wanda"))
+        darex.kept_index("x", normal(2, 30), DarexConfig(keep="wanda", rescale="none"))
 
 
 @pytest.mark.parametrize("rescale", ["search", "paper-bound"])
