@@ -39,6 +39,7 @@ from compress.sources import fingerprint
 from deploy.bench import now
 from deploy.deltas import split_options
 from deploy.learners import Learner, learner_for
+from deploy.steps import data_file
 from deploy.workspace import Workspace
 from exporters.base import installed_versions
 
@@ -140,8 +141,6 @@ class DeltaSuiteRun:
     ) -> None:
         self.file, self.root, self.device, self.say, self.progress = file, root, device, say, progress
         self.suite = read_yaml(file, DeltaSuite, "suite")
-        if data is None:
-            raise ConfigError(f"{file} names files of a data folder: say where it is with --data DIR")
         self.data = data
         if profile not in self.suite.profiles:
             raise ConfigError(f"{file} has no profile {profile!r}; it has {', '.join(self.suite.profiles)}")
@@ -164,10 +163,7 @@ class DeltaSuiteRun:
         self.work = Workspace(root)
 
     def _path(self, below: str) -> Path:
-        path = self.data / below
-        if not path.resolve().is_relative_to(self.data.resolve()) or not path.is_file():
-            raise ConfigError(f"{self.file}: there is no {below} in {self.data}")
-        return path
+        return data_file(self.data, below, self.file)
 
     def _jobs(self, pair: PairSpec) -> Iterator[_Job]:
         for way in self.suite.grids[pair.grid]:

@@ -94,7 +94,26 @@ def learner_for(model: str, device: str, progress: Progress) -> Learner:
     return Encoder(model, device, progress) if model in ENCODERS else Decoder(model, device, progress)
 
 
-class Decoder:
+class _Folders:
+    """What is alike for both: models and tokenizers are read from folders."""
+
+    run: Run
+
+    def load(self, folder: Path) -> Any:
+        """The live model in a folder."""
+        raise NotImplementedError
+
+    def matrix_inputs(self, folder: Path, rows: Tensor) -> dict[str, Tensor]:
+        """Of all matrices that are pruned."""
+        names = set(Checkpoint(folder).names)
+        matrices = [name for name in roles_of(folder).matrices if name in names]
+        return tune.matrix_inputs(self.load(folder), matrices, rows, self.run)
+
+    def _tokenizer(self, folder: Path) -> Any:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+class Decoder(_Folders):
     """A causal LM, in bf16."""
 
     source: str | None = None
@@ -148,10 +167,6 @@ class Decoder:
         tokens = self._tokenizer(base).encode(text[: 20 * rows * length], add_special_tokens=False)
         return _rows(tokens, rows, length)
 
-    def matrix_inputs(self, folder: Path, rows: Tensor) -> dict[str, Tensor]:
-        """Of all matrices that are pruned."""
-        return tune.matrix_inputs(self.load(folder), _stored(folder), rows, self.run)
-
     def tuned(
         self,
         base: Path,
@@ -166,15 +181,12 @@ class Decoder:
         score = tune.output_score(model, rows)
         return tune.tuned(model, Checkpoint(base), Checkpoint(finetuned), config, storage, score, inputs)
 
-    def _tokenizer(self, folder: Path) -> Any:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
     def _windows(self, model: Any, tokenizer: Any, text: Text) -> Tensor:
         source, length, count = text
         return windows(source, tokenizer, length=length, count=count, context_length=context_length_of(model)).tokens
 
 
-class Encoder:
+class Encoder(_Folders):
     """A BERT with a classifier, in fp32; the classifier is new, and so never pruned."""
 
     def __init__(self, model: str, device: str, progress: Progress) -> None:
@@ -242,10 +254,6 @@ class Encoder:
         tokens = self._tokenizer(base)(text, add_special_tokens=False, verbose=False)["input_ids"]
         return _rows(tokens, rows, length)
 
-    def matrix_inputs(self, folder: Path, rows: Tensor) -> dict[str, Tensor]:
-        """Of all matrices that are pruned."""
-        return tune.matrix_inputs(self.load(folder), _stored(folder), rows, self.run)
-
     def tuned(
         self,
         base: Path,
@@ -273,20 +281,11 @@ class Encoder:
             inputs,
         )
 
-    def _tokenizer(self, folder: Path) -> Any:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
 
 def _rows(tokens: Sequence[int], rows: int, length: int) -> Tensor:
     if len(tokens) < rows * length:
         raise ConfigError(f"the training examples have {len(tokens)} tokens, and {rows} x {length} are wanted")
     return torch.tensor(tokens[: rows * length]).view(rows, length)
-
-
-def _stored(folder: Path) -> list[str]:
-    """Matrices that are in a folder."""
-    names = set(Checkpoint(folder).names)
-    return [name for name in roles_of(folder).matrices if name in names]
 
 
 def _sentence(item: Item) -> str:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from compress import artifact
 from compress.artifact import Step
 from compress.calibration import TokenRows, draw, windows
+from compress.errors import ConfigError
 from compress.methods import METHODS, method_config
 from compress.result import Progress, Run
 from compress.sources import Loaded
@@ -79,3 +80,19 @@ def evaluation_windows(spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase,
         stride=spec.stride,
         context_length=context_length,
     )
+
+
+def data_file(data: Path | None, below: str, suite: Path) -> Path:
+    """A file that a suite names by its path below the data folder.
+
+    Raises:
+        ConfigError: there is no data folder, or no such file in it.
+    """
+    if data is None:
+        raise ConfigError(f"{suite} names files of a data folder ({below}): say where it is with --data DIR")
+    path = data / below
+    if not path.resolve().is_relative_to(data.resolve()):
+        raise ConfigError(f"{suite}: {below} lies outside the data folder")
+    if not path.is_file():
+        raise ConfigError(f"{suite}: there is no {below} in {data}")
+    return path

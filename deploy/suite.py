@@ -46,6 +46,7 @@ from compress.sources import Loaded, fingerprint, load, skeleton
 from compress.text import text_hash
 from deploy.bench import now
 from deploy.comparison import child_environment, last_words
+from deploy.steps import data_file
 from deploy.workspace import Workspace
 from exporters.base import installed_versions
 
@@ -217,14 +218,7 @@ class SuiteRun:
         ]
 
     def _path(self, below: str) -> Path:
-        if self.data is None:
-            raise ConfigError(f"{self.file} names files of a data folder ({below}): say where it is with --data DIR")
-        path = self.data / below
-        if not path.resolve().is_relative_to(self.data.resolve()):
-            raise ConfigError(f"{self.file}: {below} lies outside the data folder")
-        if not path.is_file():
-            raise ConfigError(f"{self.file}: there is no {below} in {self.data}")
-        return path
+        return data_file(self.data, below, self.file)
 
     def _text(self, name: str) -> str:
         """The source behind a logical name."""

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from compress.delta.checkpoint import Tensors
 from compress.delta.package import COPIED, Description, Package, check_base
+from compress.delta.parallel import in_order
 from compress.files import new_folder
 from compress.result import Progress, no_progress
 
@@ -36,13 +38,16 @@ def apply(package: Package, base: Tensors, path: Path, progress: Progress = no_p
     shards = list(_shards(package))
     places = {}
     done = 0
+
+    def result(name: str) -> Tensor:
+        return package.result(name, base.get(name) if package.tensors[name].base is not None else None)
+
     with new_folder(path) as folder:
         for number, names in enumerate(shards, start=1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             tensors = {}
-            for name in names:
-                needed = package.tensors[name].base is not None
-                tensors[name] = package.result(name, base.get(name) if needed else None)
+            for name, tensor in zip(names, in_order(result, names), strict=True):
+                tensors[name] = tensor
                 places[name] = file
                 done += 1
                 progress("applying", done, len(package.tensors))

@@ -218,7 +218,7 @@ def digest(tensor: Tensor) -> str:
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are alike to the last bit: zeros of different sign are not."""
-    return one.dtype == other.dtype and one.shape == other.shape and bool((bits(one) == bits(other)).all())
+    return one.dtype == other.dtype and torch.equal(bits(one), bits(other))
 
 
 def bits(tensor: Tensor) -> Tensor:

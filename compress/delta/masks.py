@@ -75,13 +75,16 @@ def one_of_m(seed: int, rows: int, cols: int, m: int, device: str | torch.device
     if m == 1:
         return torch.arange(rows * cols, device=device)
     buckets = -(-cols // m)
+    starts = torch.arange(buckets, device=device) * m
+    at_once = max(1, CHUNK // buckets)
     found = []
-    for bucket in _counters(rows * buckets, device):
-        local = (uniform(seed, bucket) * m) >> 32
-        row = bucket // buckets
-        column = (bucket - row * buckets) * m + local
-        index = row * cols + column
-        found.append(index if cols % m == 0 else index[column < cols])
+    for first in range(0, rows, at_once):
+        row = torch.arange(first, min(first + at_once, rows), device=device)[:, None]
+        counters = torch.arange(first * buckets, (int(row[-1]) + 1) * buckets, device=device)
+        column = uniform(seed, counters).mul_(m).bitwise_right_shift_(32).view(-1, buckets).add_(starts)
+        inside = None if cols % m == 0 else column < cols
+        index = column.add_(row * cols)
+        found.append(index.flatten() if inside is None else index[inside])
     return torch.cat(found)
 
 

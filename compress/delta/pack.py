@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from compress.delta.checkpoint import (
 )
 from compress.delta.masks import checksum
 from compress.delta.package import COPIED, Change, Description, Entry, Kind, Measured, Sizes, Source
+from compress.delta.parallel import in_order
 from compress.delta.values import VALUE_TYPES, ValueType, quantise, store
 from compress.errors import ConfigError
 from compress.files import new_folder
@@ -157,50 +159,67 @@ class _Writer:
         self.waiting, self.size = {}, 0
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """One tensor, packed.
+
+    Attributes:
+        entry: its description.
+        parts: tensors to store, by what they are for.
+        magnitude: sum of the delta's magnitudes; of a pruned matrix, like the two below.
+        zeros: elements that did not change.
+        ratio: R; None where nothing was calibrated.
+    """
+
+    entry: Entry
+    parts: Mapping[str, Mapping[str, Tensor]]
+    magnitude: float = 0.0
+    zeros: int = 0
+    ratio: float | None = None
+
+
+@dataclass(frozen=True)
 class _Packer:
-    """One call of `pack`."""
+    """How tensors are packed, each for itself."""
 
-    def __init__(
-        self,
-        base: Tensors,
-        finetuned: Tensors,
-        folder: Path,
-        config: DarexConfig,
-        storage: Storage,
-        inputs: Callable[[str], Tensor | None],
-    ) -> None:
-        self.base, self.finetuned, self.config, self.storage, self.inputs = base, finetuned, config, storage, inputs
-        self.base_names = set(base.names)
-        self.roles: Roles = roles_of(model_folder(base, finetuned))
-        self.writer = _Writer(folder)
-        self.bytes = dict.fromkeys(("pruned_parameters", "values", "positions", "scales", "rows", "dense"), 0)
-        self.magnitude, self.zeros, self.ratios = 0.0, 0, list[float]()
+    base: Tensors
+    finetuned: Tensors
+    config: DarexConfig
+    storage: Storage
+    inputs: Callable[[str], Tensor | None]
 
-    def entry(self, name: str) -> Entry:
-        """Write one tensor, and describe it."""
+    @cached_property
+    def _roles(self) -> Roles:
+        return roles_of(model_folder(self.base, self.finetuned))
+
+    @cached_property
+    def _base_names(self) -> set[str]:
+        return set(self.base.names)
+
+    def __call__(self, name: str) -> _Packed:
+        """Pack one tensor."""
         tensor = self.finetuned.get(name)
-        if name not in self.base_names:
+        if name not in self._base_names:
             return self._dense(name, tensor)
         base = self.base.get(name)
         if same_bits(base, tensor):
             found = digest(base)
-            return self._entry(name, "same", base=found, result=found)
+            return _Packed(self._entry(name, "same", base=found, result=found), {})
         floating = base.dtype in _FLOATING and tensor.dtype in _FLOATING
-        if floating and name in self.roles.embeddings and base.shape[1:] == tensor.shape[1:]:
+        if floating and name in self._roles.embeddings and base.shape[1:] == tensor.shape[1:]:
             return self._rows(name, base, tensor)
-        if floating and name in self.roles.matrices and base.shape == tensor.shape:
+        if floating and name in self._roles.matrices and base.shape == tensor.shape:
             return self._pruned(name, base, tensor)
         return self._dense(name, tensor)
 
     def _entry(self, name: str, kind: Kind, **values: Any) -> Entry:
         return Entry(shape=self.finetuned.shape(name), dtype=self.finetuned.dtype(name), kind=kind, **values)
 
-    def _dense(self, name: str, tensor: Tensor) -> Entry:
+    def _dense(self, name: str, tensor: Tensor) -> _Packed:
         _check_finite(name, tensor)
-        self.bytes["dense"] += self.writer.add({name: tensor})
-        return self._entry(name, "dense", result=digest(tensor))
+        return _Packed(self._entry(name, "dense", result=digest(tensor)), {"dense": {name: tensor}})
 
-    def _rows(self, name: str, base: Tensor, tensor: Tensor) -> Entry:
+    def _rows(self, name: str, base: Tensor, tensor: Tensor) -> _Packed:
         """An embedding: the rows that changed, and those that are new."""
         _check_finite(name, tensor)
         old = min(len(base), len(tensor))
@@ -215,11 +234,11 @@ class _Packer:
             values = values.view_as(delta)
             pieces |= {f"{name}.values": values.to(torch.int8), f"{name}.scale": scale}
             result[ids] = (base[ids].float() + scale[:, None] * values).to(tensor.dtype)
-        self.bytes["rows"] += self.writer.add(pieces)
-        return self._entry(name, "rows", nnz=len(ids), base=digest(base), result=digest(result))
+        entry = self._entry(name, "rows", nnz=len(ids), base=digest(base), result=digest(result))
+        return _Packed(entry, {"rows": pieces})
 
-    def _pruned(self, name: str, base: Tensor, tensor: Tensor) -> Entry:
-        transposed = self.roles.matrices[name]
+    def _pruned(self, name: str, base: Tensor, tensor: Tensor) -> _Packed:
+        transposed = self._roles.matrices[name]
         delta = tensor.float() - base.float()
         magnitude = _magnitude(name, delta)
         delta = delta.T.contiguous() if transposed else delta
@@ -233,18 +252,10 @@ class _Packer:
         result = package.added(base, Change(index, pruned.addend(shape)), tensor.dtype)
         if self.config.density == 1 and self.storage.values == "bf16" and not same_bits(result, tensor):
             return self._dense(name, tensor)  # nothing is dropped, so nothing may be lost
-        self.magnitude += magnitude
-        self.zeros += int((tensor == base).sum())
-        if inputs is not None:
-            self.ratios.append(influence_ratio(delta, inputs))
         kind, positions = self._positions(pruned.index, shape)
-        self.bytes["pruned_parameters"] += delta.numel()
-        self.bytes["values"] += self.writer.add({f"{name}.values": store(pruned.values, self.storage.values)})
-        self.bytes["positions"] += self.writer.add({f"{name}.{piece}": each for piece, each in positions.items()})
         scales = {f"{name}.scale": pruned.scale}
         scales |= {} if pruned.row_scale is None else {f"{name}.row_scale": pruned.row_scale}
-        self.bytes["scales"] += self.writer.add(scales)
-        return self._entry(
+        entry = self._entry(
             name,
             kind,
             transposed=transposed,
@@ -253,15 +264,45 @@ class _Packer:
             result=digest(result),
             index=checksum(pruned.index),
         )
+        return _Packed(
+            entry,
+            {
+                "values": {f"{name}.values": store(pruned.values, self.storage.values)},
+                "positions": {f"{name}.{piece}": each for piece, each in positions.items()},
+                "scales": scales,
+            },
+            magnitude=magnitude,
+            zeros=int((tensor == base).sum()),
+            ratio=None if inputs is None else influence_ratio(delta, inputs),
+        )
 
     def _positions(self, index: Tensor, shape: tuple[int, int]) -> tuple[Kind, dict[str, Tensor]]:
         if self.config.keep == "random":
             return "seed", {}
         return indices.encode(index, shape)
 
+
+class _Totals:
+    """What adds up over tensors."""
+
+    def __init__(self) -> None:
+        self.bytes = dict.fromkeys(("values", "positions", "scales", "rows", "dense"), 0)
+        self.parameters, self.magnitude, self.zeros, self.ratios = 0, 0.0, 0, list[float]()
+
+    def add(self, packed: _Packed, writer: _Writer) -> Entry:
+        """Write a tensor's parts, and count them."""
+        for part, tensors in packed.parts.items():
+            self.bytes[part] += writer.add(tensors)
+        if packed.entry.kind in package.PRUNED:
+            self.parameters += packed.entry.elements
+        self.magnitude += packed.magnitude
+        self.zeros += packed.zeros
+        self.ratios += [] if packed.ratio is None else [packed.ratio]
+        return packed.entry
+
     def measured(self) -> Measured:
         """What was seen of the delta."""
-        pruned = max(self.bytes["pruned_parameters"], 1)
+        pruned = max(self.parameters, 1)
         ratio = sum(self.ratios) / len(self.ratios) if self.ratios else None
         return Measured(mean_abs_delta=self.magnitude / pruned, exact_zeros=self.zeros / pruned, influence_ratio=ratio)
 
@@ -307,15 +348,16 @@ def pack(
         )
     base_name, finetuned_name = names or (base.folder.name, finetuned.folder.name)
     with new_folder(path) as folder:
-        packer = _Packer(base, finetuned, folder, config, storage, inputs)
-        tensors = {}
-        for done, name in enumerate(finetuned.names, start=1):
-            tensors[name] = packer.entry(name)
+        writer, totals, tensors = _Writer(folder), _Totals(), {}
+        packer = _Packer(base, finetuned, config, storage, inputs)
+        for done, (name, packed) in enumerate(
+            zip(finetuned.names, in_order(packer, finetuned.names), strict=True), start=1
+        ):
+            tensors[name] = totals.add(packed, writer)
             progress("packing", done, len(finetuned.names))
-        packer.writer.flush()
+        writer.flush()
         _copy_files(model_folder(base, finetuned), folder)
-        headers = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        headers -= sum(size for part, size in packer.bytes.items() if part != "pruned_parameters")
+        headers = sum(file.stat().st_size for file in folder.glob("*.safetensors")) - sum(totals.bytes.values())
         description = Description(
             base=Source(name=base_name),
             finetuned=Source(name=finetuned_name),
@@ -328,8 +370,8 @@ def pack(
             rows=storage.rows,
             config=dataclasses.asdict(effective(config, storage)),
             calibration=dict(calibration) if calibration else None,
-            measured=packer.measured(),
-            sizes=Sizes(**packer.bytes, headers=headers),
+            measured=totals.measured(),
+            sizes=Sizes(pruned_parameters=totals.parameters, **totals.bytes, headers=headers),
             tensors=tensors,
             versions=versions(),
             files={},

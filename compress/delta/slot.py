@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from compress.delta.checkpoint import TYPES, bits, same_bits
 from compress.delta.package import PRUNED, Package
+from compress.delta.parallel import in_order
 from compress.errors import ConfigError
 
 
@@ -121,10 +122,13 @@ class DeltaSlot:
         live = {id(parameter) for parameter in self.model.state_dict(keep_vars=True).values()}
         if delta is not None and any(id(patch.parameter) not in live for patch in delta.patches):
             raise ConfigError(f"{delta.name} was prepared for another model")
+        work: dict[int, list[tuple[_Patch, Tensor]]] = {}
         for patch in self.attached.patches if self.attached is not None else ():
-            patch.put(patch.before)
+            work.setdefault(id(patch.parameter), []).append((patch, patch.before))
         for patch in delta.patches if delta is not None else ():
-            patch.put(patch.values)
+            work.setdefault(id(patch.parameter), []).append((patch, patch.values))
+        for _ in in_order(_overwrite, work.values()):  # one parameter after the other, while it is in the cache
+            pass
         self.attached = delta
 
     def detach(self) -> None:
@@ -141,6 +145,12 @@ def attach(model: nn.Module, path: Path) -> DeltaSlot:
     slot = DeltaSlot(model)
     slot.switch(slot.prepare(path))
     return slot
+
+
+@torch.no_grad()
+def _overwrite(work: list[tuple[_Patch, Tensor]]) -> None:
+    for patch, values in work:
+        patch.put(values)
 
 
 def _patch(parameter: Tensor, index: Tensor | None, found: Tensor, base: Tensor) -> _Patch:
