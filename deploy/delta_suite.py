@@ -244,6 +244,7 @@ class DeltaSuiteRun:
                 "load",
                 lambda: [{n: t.clone() for n, t in load_file(f).items()} for f in pair.base.glob("*.safetensors")],
             )
+            timed("load a model", lambda: pair.learner.load(pair.finetuned))
             timed("switch", functools.partial(slot.switch, deltas[turn % 2]))
             self.progress("timing switches", turn + 1, self.profile.repeats + 1)
         shutil.rmtree(scratch)
@@ -253,6 +254,7 @@ class DeltaSuiteRun:
             Timing(f"pack, p = {SPEED_P:g}, int8, q = 1 - p", kept["pack"], beside, kept["load and save"]),
             Timing(f"apply, p = {SPEED_P:g}, int8", kept["apply"], beside, kept["load and save"]),
             Timing(f"switch between two, p = {SPEED_P:g}", kept["switch"], "safetensors load", kept["load"]),
+            Timing(f"switch between two, p = {SPEED_P:g}", kept["switch"], "loading a model", kept["load a model"]),
         )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import delta_table as deltas
 from benchmarks import record as records
 from benchmarks import table as suites
 from benchmarks.readme import ROOT, documents, pictures, with_fresh_tables
@@ -35,8 +36,8 @@ def test_the_pictures_are_those_of_their_records() -> None:
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)
 def test_every_committed_record_can_be_read(path: Path) -> None:
-    read = suites.read if records.format_of(path) == suites.FORMAT else records.read
-    assert read(path).id
+    readers = {suites.FORMAT: suites.read, deltas.FORMAT: deltas.read}
+    assert readers.get(records.format_of(path), records.read)(path).id
 
 
 def test_a_table_that_a_record_does_not_have_is_refused() -> None:
