@@ -240,7 +240,7 @@ def _frame(
     x: Scale, y: Scale, across: Sequence[float], up: Sequence[float], name: Callable[[float], str]
 ) -> list[Html]:
     """Page, grid and ticks, and the region that lines stay in."""
-    drawn: list[Html] = [tag("style", Html(CURVES_STYLE)), tag("rect", class_="page", width=760, height=430)]
+    drawn: list[Html] = [tag("style", Html(CURVES_STYLE)), tag("rect", class_="page", width=790, height=430)]
     for tick in up:
         drawn.append(tag("line", class_="grid", x1=LEFT, x2=RIGHT, y1=y(tick), y2=y(tick)))
         drawn.append(tag("text", number(tick), x=LEFT - 8, y=y(tick) + 4, text_anchor="end"))
@@ -286,7 +286,7 @@ def _standing(title: str, words: str, drawn: Sequence[Html]) -> Html:
         tag("desc", words),
         join(*drawn),
         xmlns="http://www.w3.org/2000/svg",
-        viewBox="0 0 760 430",
+        viewBox="0 0 790 430",
         role="img",
     )
 

@@ -170,7 +170,12 @@ def finetune(
         ConfigError: no examples, or one that is empty.
         MissingExtra: LoRA without peft.
     """
-    rows = [_row(example, tokenizer, config.max_length) for example in examples]
+    rows = []
+    for number, example in enumerate(examples, start=1):
+        try:
+            rows.append(_row(example, tokenizer, config.max_length))
+        except ConfigError as error:
+            raise ConfigError(f"example {number}: {error}; raise max_length, or leave it out") from error
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None:
         raise ConfigError("the tokenizer has neither a padding nor an EOS token, and batches need one of them")
@@ -189,7 +194,7 @@ def tokens_of(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: 
         response.append(int(tokenizer.eos_token_id))
     response = response[: max(0, max_length - len(prompt))]
     if not response or len(prompt) + len(response) < 2:
-        raise ConfigError(f"an example teaches nothing: its response is empty, or beyond {max_length} tokens")
+        raise ConfigError(f"it teaches nothing: its response is empty, or beyond {max_length} tokens")
     return prompt, response
 
 
