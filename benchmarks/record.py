@@ -191,10 +191,13 @@ def sealed(record: Sealed) -> Sealed:
     return record.model_copy(update={"id": content_id(json.loads(record.model_dump_json()))})
 
 
-def write(record: Sealed, path: Path) -> Sealed:
-    """Fill in a record's id and write it, whole or not at all; returns the record as written."""
+def write(record: Sealed, path: Path, *, indent: int | None = 2) -> Sealed:
+    """Fill in a record's id and write it, whole or not at all; returns the record as written.
+
+    Without an indent it is one line, for records with so many numbers that nobody reads them line by line.
+    """
     record = sealed(record)
-    write_file(path, record.model_dump_json(indent=2) + "\n")
+    write_file(path, record.model_dump_json(indent=indent) + "\n")
     return record
 
 

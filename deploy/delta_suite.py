@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+import yaml
 from pydantic import Field, JsonValue, TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,6 +25,7 @@ from benchmarks import record as records
 from benchmarks.answers import Item, read_items
 from benchmarks.delta_table import DeltaCell, DeltaPair, DeltaTable, Score, Timing
 from benchmarks.machine import machine
+from compress.delta.advise import advise
 from compress.delta.apply import apply
 from compress.delta.checkpoint import Checkpoint, open_base, roles_of
 from compress.delta.pack import Storage, pack
@@ -192,7 +194,7 @@ class DeltaSuiteRun:
             commands=(shlex.join([*words, "--device", self.device, "-o", "DIR"]),),
             machine=machine(),
         )
-        return records.write(table, self.root / "record.json")
+        return records.write(table, self.root / "record.json", indent=None)
 
     # --- Speed, beside loading and saving the same model
 
@@ -353,7 +355,6 @@ class _PairRun:
 
     def _inputs_stage(self) -> dict[str, Any]:
         """What the delta is like."""
-        from compress.delta.advise import advise
 
         def compute() -> dict[str, Any]:
             advice = advise(Checkpoint(self.base), Checkpoint(self.finetuned), self._matrix_inputs.get)
@@ -449,8 +450,6 @@ def fingerprint_of(model: str, learner: Learner) -> str:
 
 def is_delta_suite(file: Path) -> bool:
     """Whether a YAML file is a suite of deltas; a file that cannot be read is left to its own reader."""
-    import yaml
-
     try:
         content = yaml.safe_load(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
