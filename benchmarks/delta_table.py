@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from benchmarks.answers import AnswerScore
-from benchmarks.intervals import DRAWS, LEVEL, Interval
+from benchmarks.intervals import Interval, gain_kept
 from benchmarks.machine import Machine
 from benchmarks.markup import Html
 from benchmarks.plots import Curve, tradeoff
@@ -148,26 +148,6 @@ class DeltaTable(Strict):
 def read(path: Path) -> DeltaTable:
     """Read and check a record; raises ConfigError as `benchmarks.record.read_as` does."""
     return read_as(DeltaTable, FORMAT, path)
-
-
-def gain_kept(
-    base: Sequence[float], finetuned: Sequence[float], candidate: Sequence[float], *, seed: int = 0
-) -> tuple[float, Interval]:
-    """Share of a fine-tune's gain that a candidate keeps: mean(candidate - base) / mean(fine-tune - base).
-
-    Args:
-        base: one number per item, for example its loss.
-        finetuned, candidate: likewise, of the same items.
-        seed: of the bootstrap over items.
-    """
-    values = np.array([base, finetuned, candidate])
-    chosen = np.random.default_rng(seed).integers(0, values.shape[1], (DRAWS, values.shape[1]))
-    drawn = values[:, chosen].mean(axis=2)
-    ratios = (drawn[2] - drawn[0]) / (drawn[1] - drawn[0])
-    low, high = np.percentile(ratios, (50 * (1 - LEVEL), 50 * (1 + LEVEL)))
-    whole = values.mean(axis=1)
-    value = float((whole[2] - whole[0]) / (whole[1] - whole[0]))
-    return value, Interval(float(low), float(high), LEVEL, "bootstrap of items, paired")
 
 
 def kept_of(pair: DeltaPair, cell: DeltaCell) -> tuple[float, Interval]:

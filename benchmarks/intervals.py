@@ -118,6 +118,25 @@ def retention(
     return float(above / below), Interval(float(low), float(high), LEVEL, "bootstrap of items within tasks, paired")
 
 
+def gain_kept(
+    base: Sequence[float], finetuned: Sequence[float], candidate: Sequence[float], *, seed: int = 0
+) -> tuple[float, Interval]:
+    """Share of a fine-tune's gain that a candidate keeps: mean(candidate - base) / mean(fine-tune - base).
+
+    Args:
+        base: one number per item, for example its loss.
+        finetuned, candidate: likewise, of the same items.
+        seed: of the bootstrap over items.
+    """
+    values = np.array([base, finetuned, candidate])
+    chosen = np.random.default_rng(seed).integers(0, values.shape[1], (DRAWS, values.shape[1]))
+    drawn = values[:, chosen].mean(axis=2)
+    ratios = (drawn[2] - drawn[0]) / (drawn[1] - drawn[0])
+    whole = values.mean(axis=1)
+    value = float((whole[2] - whole[0]) / (whole[1] - whole[0]))
+    return value, _percentiles(ratios, "bootstrap of items, paired")
+
+
 _NO_SKILL = 1e-12  # chance is a rounded number: a model that guesses may come out this far above it
 
 

@@ -7,6 +7,9 @@ from torch import nn
 
 from compress.errors import ConfigError
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Types of weights, by the names that users give them."""
+
 
 def device_named(name: str) -> torch.device:
     """Look a device up: ``cpu``, ``cuda`` or ``cuda:N``.

@@ -11,7 +11,7 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -268,12 +268,12 @@ class _PairRun:
         self.train: list[Item] = read_items(suite._path(spec.train))
         self.test = read_items(suite._path(spec.test))[: self.profile.items[spec.name]]
         self.learner: Learner = learner_for(spec.model, suite.device, suite.progress)
-        self.versions = installed_versions()
-        self.base_inputs = {"model": fingerprint_of(spec.model, self.learner), "versions": self.versions}
+        self.config = configured(FinetuneConfig, spec.finetune, "finetune")
+        self.base_inputs = {"model": fingerprint_of(spec.model, self.learner), "versions": installed_versions()}
         self.finetune_inputs = {
             "base": self.base_inputs,
             "train": suite.hashes[spec.train],
-            "finetune": dataclasses.asdict(configured(FinetuneConfig, spec.finetune, "finetune")),
+            "finetune": dataclasses.asdict(self.config),
         }
         self.base = self.work.folder(f"base-{self.learner.name}", self.base_inputs, self._write_base)
         self.finetuned = self.work.folder(f"finetuned-{spec.name}", self.finetune_inputs, self._finetune)
@@ -285,16 +285,15 @@ class _PairRun:
 
     def _finetune(self, path: Path) -> None:
         self.suite.say(f"Fine-tuning for {self.spec.name}")
-        config = configured(FinetuneConfig, self.spec.finetune, "finetune")
         with new_folder(path) as folder:
-            loss = self.learner.finetune(self.base, self.train, config, folder, self.suite.root / "scratch")
+            loss = self.learner.finetune(self.base, self.train, self.config, folder, self.suite.root / "scratch")
             (folder / "loss.json").write_text(json.dumps({"loss": loss}), encoding="utf-8")
         shutil.rmtree(self.suite.root / "scratch", ignore_errors=True)
 
     def run(self) -> DeltaPair:
         """All cells of the pair."""
-        finetuned = self._score("finetuned", self.finetuned, {})
-        base = self._score("base", self.base, {})
+        finetuned = self._score("finetuned", self.finetuned)
+        base = self._score("base", self.base)
         cells = []
         jobs = list(self.suite._jobs(self.spec))
         for done, job in enumerate(jobs, start=1):
@@ -305,7 +304,7 @@ class _PairRun:
         return DeltaPair(
             name=self.spec.name,
             model=self.spec.model,
-            finetune=dataclasses.asdict(configured(FinetuneConfig, self.spec.finetune, "finetune")),
+            finetune=dataclasses.asdict(self.config),
             loss=json.loads((self.finetuned / "loss.json").read_text(encoding="utf-8"))["loss"],
             base=base,
             finetuned=finetuned,
@@ -323,13 +322,13 @@ class _PairRun:
         sizes = [len(self.test), self.profile.window, self.profile.windows]
         return {"finetune": self.finetune_inputs, "test": [hashes[spec.test], hashes[self.suite.suite.text], *sizes]}
 
-    def _score(self, what: str, folder: Path, inputs: Mapping[str, Any]) -> Score:
+    def _score(self, what: str, folder: Path) -> Score:
         def compute() -> dict[str, Any]:
             dumped: dict[str, Any] = SCORE.dump_python(self._measured(folder), mode="json")
             return dumped
 
         stage = f"score-{self.spec.name}-{what}"
-        return SCORE.validate_python(self.work.result(stage, {**self._evaluated(), **inputs}, compute))
+        return SCORE.validate_python(self.work.result(stage, self._evaluated(), compute))
 
     def _measured(self, folder: Path) -> Score:
         """Score a model folder against the fine-tune, which is run once for all cells."""

@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 
 from compress.artifact import write_model
+from compress.device import DTYPES
 from compress.errors import ConfigError
 from compress.files import check_free, new_folder
 from compress.finetune import FinetuneConfig, finetune, read_examples
 from compress.result import Progress, Run
 from compress.sources import Loaded
-
-WEIGHT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def weight_type(name: str | None) -> torch.dtype | None:
@@ -24,9 +23,9 @@ def weight_type(name: str | None) -> torch.dtype | None:
     Raises:
         ConfigError: the name is not known.
     """
-    if name is not None and name not in WEIGHT_TYPES:
-        raise ConfigError(f"dtype {name!r} is not known: {', '.join(WEIGHT_TYPES)}")
-    return None if name is None else WEIGHT_TYPES[name]
+    if name is not None and name not in DTYPES:
+        raise ConfigError(f"dtype {name!r} is not known: {', '.join(DTYPES)}")
+    return None if name is None else DTYPES[name]
 
 
 def finetune_model(

@@ -109,6 +109,24 @@ class _Folders:
         matrices = [name for name in roles_of(folder).matrices if name in names]
         return tune.matrix_inputs(self.load(folder), matrices, rows, self.run)
 
+    def tuned(
+        self,
+        base: Path,
+        finetuned: Path,
+        config: DarexConfig,
+        storage: Storage,
+        rows: Tensor,
+        inputs: dict[str, Tensor],
+    ) -> DarexConfig:
+        """Search what is left open, by how near the outputs stay to the fine-tune's."""
+        model = self.load(finetuned)
+        score = self._nearness(model, rows)
+        return tune.tuned(model, Checkpoint(base), Checkpoint(finetuned), config, storage, score, inputs)
+
+    def _nearness(self, model: Any, rows: Tensor) -> tune.Score:
+        """How near a candidate's outputs are to those of the fine-tune, which is run here."""
+        raise NotImplementedError
+
     def _tokenizer(self, folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
@@ -167,19 +185,9 @@ class Decoder(_Folders):
         tokens = self._tokenizer(base).encode(text[: 20 * rows * length], add_special_tokens=False)
         return _rows(tokens, rows, length)
 
-    def tuned(
-        self,
-        base: Path,
-        finetuned: Path,
-        config: DarexConfig,
-        storage: Storage,
-        rows: Tensor,
-        inputs: dict[str, Tensor],
-    ) -> DarexConfig:
+    def _nearness(self, model: Any, rows: Tensor) -> tune.Score:
         """By the logits that the fine-tune holds highest."""
-        model = self.load(finetuned)
-        score = tune.output_score(model, rows)
-        return tune.tuned(model, Checkpoint(base), Checkpoint(finetuned), config, storage, score, inputs)
+        return tune.output_score(model, rows)
 
     def _windows(self, model: Any, tokenizer: Any, text: Text) -> Tensor:
         source, length, count = text
@@ -254,32 +262,15 @@ class Encoder(_Folders):
         tokens = self._tokenizer(base)(text, add_special_tokens=False, verbose=False)["input_ids"]
         return _rows(tokens, rows, length)
 
-    def tuned(
-        self,
-        base: Path,
-        finetuned: Path,
-        config: DarexConfig,
-        storage: Storage,
-        rows: Tensor,
-        inputs: dict[str, Tensor],
-    ) -> DarexConfig:
+    def _nearness(self, model: Any, rows: Tensor) -> tune.Score:
         """By the last hidden states, as the paper does for encoders."""
-        model = self.load(finetuned)
 
         @torch.no_grad()
         def states(live: Any) -> Tensor:
             return torch.cat([live.base_model(input_ids=row[None]).last_hidden_state for row in rows])
 
         wanted = states(model)
-        return tune.tuned(
-            model,
-            Checkpoint(base),
-            Checkpoint(finetuned),
-            config,
-            storage,
-            lambda live: -float((states(live) - wanted).abs().mean()),
-            inputs,
-        )
+        return lambda live: -float((states(live) - wanted).abs().mean())
 
 
 def _rows(tokens: Sequence[int], rows: int, length: int) -> Tensor:

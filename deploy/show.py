@@ -13,7 +13,8 @@ from benchmarks.record import Record
 from benchmarks.table import Table
 from benchmarks.words import gains_and_losses, headline
 from compress import artifact
-from compress.delta.package import Package, is_delta
+from compress.delta.checkpoint import is_delta
+from compress.delta.package import Package
 from compress.errors import ConfigError
 from compress.methods import METHODS
 from deploy.deltas import summary

@@ -35,6 +35,7 @@ from benchmarks.tasks import TaskScore
 from compress import budget
 from compress.artifact import write_model
 from compress.calibration import TokenRows, context_length_of, draw, windows
+from compress.device import DTYPES
 from compress.errors import ConfigError, FoldawayError
 from compress.evaluate import logits_of, perplexity
 from compress.files import new_folder, sha256_of
@@ -54,7 +55,6 @@ USER_ERROR = 2
 """Exit code of a process that refuses what it was asked."""
 
 CELL = TypeAdapter(Cell)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class MethodSpec(Strict):

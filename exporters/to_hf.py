@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, dynamic_module_utils
 
 from compress.artifact import write_model
+from compress.device import DTYPES
 from compress.evaluate import logits_of
 from compress.files import new_folder
 from compress.layout import layout_of
@@ -26,7 +27,6 @@ from compress.sources import Loaded
 from exporters.base import Exported, ExportOptions, choose_dtype, exported, in_dtype, seal
 from exporters.parity import Decode, Parity, Side, check
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = 1e-3
 MIN_AGREEMENT = 0.99
 ROUNDED_MIN_AGREEMENT = 0.8

@@ -205,9 +205,14 @@ def open_finetuned(name: str, base: Checkpoint) -> Checkpoint | Adapter:
 
 def _open_model(name: str) -> Checkpoint:
     folder = local_folder(name)
-    if (folder / DESCRIPTION).is_file():
+    if is_delta(folder):
         raise ConfigError(f"{name} is a delta package, not a model: apply it first (foldaway delta apply)")
     return Checkpoint(folder)
+
+
+def is_delta(path: Path) -> bool:
+    """Whether a folder holds a delta package."""
+    return (path / DESCRIPTION).is_file()
 
 
 def digest(tensor: Tensor) -> str:

@@ -246,9 +246,7 @@ class _Packer:
         bias = bias_delta(name, self.base, self.finetuned, self.config)
         pruned = prune(name, delta, self.config, self.storage, inputs, bias)
         shape = (delta.shape[0], delta.shape[1])
-        index = pruned.index
-        if transposed:
-            index = (index % shape[1]) * shape[0] + index // shape[1]
+        index = package.as_stored(pruned.index, shape, transposed=transposed)
         result = package.added(base, Change(index, pruned.addend(shape)), tensor.dtype)
         if self.config.density == 1 and self.storage.values == "bf16" and not same_bits(result, tensor):
             return self._dense(name, tensor)  # nothing is dropped, so nothing may be lost

@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.delta import indices
-from compress.delta.checkpoint import DESCRIPTION, TYPES, Checkpoint, Tensors, digest
+from compress.delta.checkpoint import DESCRIPTION, TYPES, Checkpoint, Tensors, digest, is_delta
 from compress.delta.masks import Scheme, checksum, random_index
 from compress.delta.values import STORED_TYPE, ValueType, restore, stored_length
 from compress.errors import ArtifactError, ConfigError, CorruptArtifact
@@ -216,11 +216,6 @@ class Description(Strict):
         return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
-def is_delta(path: Path) -> bool:
-    """Whether a folder holds a delta package."""
-    return (path / DESCRIPTION).is_file()
-
-
 @dataclass(frozen=True)
 class Change:
     """What a package does to one pruned tensor.
@@ -354,9 +349,7 @@ class Package:
         row_scale = self._stored.get(f"{name}.row_scale") if self.description.scale == "row" else None
         addend = scaled(values, index, scale, row_scale, (rows, cols))
         _finite(addend, name)
-        if entry.transposed:
-            index = (index % cols) * rows + index // cols
-        return Change(index, addend)
+        return Change(as_stored(index, (rows, cols), transposed=entry.transposed), addend)
 
     def result(self, name: str, base: Tensor | None) -> Tensor:
         """The fine-tune's tensor.
@@ -421,6 +414,12 @@ def scaled(values: Tensor, index: Tensor, scale: Tensor, row_scale: Tensor | Non
     if row_scale is None:
         return values * scale
     return values * (scale * row_scale.float()).repeat_interleave(row_counts(index, shape))
+
+
+def as_stored(index: Tensor, shape: tuple[int, int], *, transposed: bool) -> Tensor:
+    """Flat positions in a matrix (rows are outputs) as positions in the tensor of the checkpoint."""
+    rows, cols = shape
+    return (index % cols) * rows + index // cols if transposed else index
 
 
 def row_counts(index: Tensor, shape: tuple[int, int]) -> Tensor:

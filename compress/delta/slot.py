@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.delta.checkpoint import TYPES, bits, same_bits
-from compress.delta.package import PRUNED, Package
+from compress.delta.package import Package
 from compress.delta.parallel import in_order
 from compress.errors import ConfigError
 
@@ -104,10 +104,7 @@ class DeltaSlot:
             found = package.result(name, base)
             if found.dtype != parameter.dtype:
                 raise other
-            if entry.kind in PRUNED:
-                index = package.change(name).index
-                patches.append(_patch(parameter, index, found, base))
-            elif not same_bits(found, base):
+            if not same_bits(found, base):
                 changed = (bits(found) != bits(base)).flatten().nonzero().flatten()
                 patches.append(_patch(parameter, changed if 4 * len(changed) < found.numel() else None, found, base))
         return Prepared(path.name, package.description.id, tuple(patches))
