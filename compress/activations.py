@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
+from compress.calibration import TokenRows
 from compress.decoder import Decoder
+from compress.gating import starting_at
 from compress.result import Run
 
 Statistic = Callable[[Tensor], Tensor]
@@ -73,12 +77,12 @@ def neuron_means(decoder: Decoder, statistic: Statistic, rows: Tensor, run: Run,
 
 
 @torch.no_grad()
-def block_similarity(decoder: Decoder, rows: Tensor, run: Run, *, last_token_only: bool) -> list[float]:
+def block_similarity(decoder: Decoder, rows: TokenRows, run: Run, *, last_token_only: bool) -> list[float]:
     """Cosine between what enters a block and what leaves it, averaged over tokens, then over rows.
 
     Args:
         decoder: the model.
-        rows: tokens (N, T).
+        rows: N calibration rows.
         run: progress and device.
         last_token_only: look at the last token of each row only.
 
@@ -90,7 +94,7 @@ def block_similarity(decoder: Decoder, rows: Tensor, run: Run, *, last_token_onl
 
 
 @torch.no_grad()
-def window_similarity(decoder: Decoder, rows: Tensor, size: int, run: Run, *, last_token_only: bool) -> list[float]:
+def window_similarity(decoder: Decoder, rows: TokenRows, size: int, run: Run, *, last_token_only: bool) -> list[float]:
     """Cosine between what leaves block l and what leaves block l + size, averaged as in `block_similarity`.
 
     Returns:
@@ -101,19 +105,27 @@ def window_similarity(decoder: Decoder, rows: Tensor, size: int, run: Run, *, la
 
 
 def _similarity(
-    decoder: Decoder, rows: Tensor, pairs: Sequence[tuple[int, int]], run: Run, what: str, last_token_only: bool
+    decoder: Decoder, rows: TokenRows, pairs: Sequence[tuple[int, int]], run: Run, what: str, last_token_only: bool
 ) -> list[float]:
     """Mean cosine between two states of the residual stream; state b enters block b, state B leaves the last."""
     sums = [0.0] * len(pairs)
-    for done, row in enumerate(rows):
-        with inputs_seen(decoder.block_list) as states, output_seen(decoder.blocks[-1].module) as outputs:
-            decoder.model(input_ids=row[None].to(run.device), use_cache=False)
-        chosen = [state[0, -1:] if last_token_only else state[0] for state in (*states, *outputs)]
+    count = len(rows.tokens)
+    for row in range(count):
+        states = block_states(decoder, rows.batch(slice(row, row + 1), run.device))
+        chosen = [state[0, -1:] if last_token_only else state[0] for state in states]
         for place, (before, after) in enumerate(pairs):
             cosine = nn.functional.cosine_similarity(chosen[before].float(), chosen[after].float(), dim=-1)
             sums[place] += cosine.double().mean().item()
-        run.progress(what, done + 1, len(rows))
-    return [total / len(rows) for total in sums]
+        run.progress(what, row + 1, count)
+    return [total / count for total in sums]
+
+
+@torch.no_grad()
+def block_states(decoder: Decoder, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """What enters each block, and what leaves the last one: L + 1 tensors (B, T, D)."""
+    with inputs_seen(decoder.block_list) as states:
+        last = through(decoder, inputs, None, 0, len(decoder))
+    return [*states, last]
 
 
 @contextmanager
@@ -155,14 +167,48 @@ def block_inputs(decoder: Decoder, tokens: Tensor) -> list[Tensor]:
     return seen
 
 
-@contextmanager
-def stopping_before(module: nn.Module) -> Iterator[None]:
-    """End a forward pass inside a ``with`` when it gets to a module; hooks of that module set before this one run."""
+def through(
+    decoder: Decoder,
+    inputs: Mapping[str, Tensor],
+    hidden: Tensor | None,
+    start: int,
+    stop: int,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """What leaves block ``stop - 1`` when some hidden states enter block ``start``.
 
-    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+    Masks and position embeddings are the model's own. Gradients flow where they are asked for.
+
+    Args:
+        decoder: the model.
+        inputs: keyword inputs of the model's forward pass for B rows of T tokens.
+        hidden: (B, T, D), what enters block ``start``; None: what the model itself lets in.
+        start: the first block to run; without ``hidden`` all blocks below it run as well.
+        stop: the block behind the last one to run, above ``start``.
+        weights: values, by their names in the model, to compute with in place of its parameters.
+    """
+    given = nullcontext() if hidden is None else starting_at(decoder, start, hidden)
+    with given, output_seen(decoder.block_list[stop - 1]) as outputs, _stopping_after(decoder.block_list[stop - 1]):
+        functional_call(decoder.model, dict(weights or {}), (), {**inputs, "use_cache": False})
+    return outputs[0]
+
+
+def stopping_before(module: nn.Module) -> AbstractContextManager[None]:
+    """End a forward pass inside a ``with`` when it gets to a module; hooks of that module set before this one run."""
+    return _stopping(module.register_forward_pre_hook)
+
+
+def _stopping_after(module: nn.Module) -> AbstractContextManager[None]:
+    """End a forward pass inside a ``with`` when a module is done; hooks of that module set before this one run."""
+    return _stopping(module.register_forward_hook)
+
+
+@contextmanager
+def _stopping(register: Callable[..., RemovableHandle]) -> Iterator[None]:
+    def stop(*args: Any) -> None:
         raise _Enough
 
-    hook = module.register_forward_pre_hook(stop)
+    hook = register(stop)
     try:
         with suppress(_Enough):
             yield

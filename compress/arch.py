@@ -2,10 +2,14 @@
 
 A new architecture is one row here and its name in the parameter list of the tests. No other file asks which
 architecture a model is. Paths of parts are dotted and start at the block, the others at the model.
+
+A vision-language model is a composite: a second table says where its language tower lies, which is a text model of the
+first table. Only that tower is ever cut.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,20 +95,91 @@ ARCHITECTURES: dict[str, Architecture] = {
         num_key_value_heads="num_attention_heads",
         requires={"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
     ),
+    # Language towers that come inside a composite only.
+    "qwen2_vl_text": Architecture(),
+    "qwen2_5_vl_text": Architecture(),
 }
 
 
+@dataclass(frozen=True)
+class Composite:
+    """A vision-language model of transformers.
+
+    Attributes:
+        tower: the language tower, from the model: the body of a text model, without its head.
+        text_config: config key of the tower's own config.
+    """
+
+    tower: str = "model.language_model"
+    text_config: str = "text_config"
+
+
+COMPOSITES: dict[str, Composite] = {
+    "llava": Composite(),
+    "qwen2_vl": Composite(),
+    "qwen2_5_vl": Composite(),
+    "idefics3": Composite(tower="model.text_model"),
+    "smolvlm": Composite(tower="model.text_model"),
+}
+
+DEEPSTACK = (
+    "its image features enter the first blocks by their index (deepstack), so that a block that goes would shift them"
+)
+NOT_SUPPORTED = {"qwen3_vl": DEEPSTACK, "qwen3_vl_moe": DEEPSTACK}
+"""model_type -> why it has no record."""
+
+
+def known_architectures() -> str:
+    """The names of all models that can be compressed, for messages."""
+    towers = {name for name in ARCHITECTURES if name.removesuffix("_text") in COMPOSITES}
+    return ", ".join(sorted({*ARCHITECTURES, *COMPOSITES} - towers))
+
+
+def composite_of(config: Any) -> Composite | None:
+    """The record of a vision-language model's config; None for a text model's."""
+    return COMPOSITES.get(config.model_type)
+
+
+def text_config_of(config: Any) -> Any:
+    """The config that describes the decoder blocks: a composite's text config, a text model's own."""
+    composite = composite_of(config)
+    return config if composite is None else getattr(config, composite.text_config)
+
+
+def check_text_model(config: Any, what: str) -> None:
+    """Refuse a composite where only text models are taken.
+
+    Args:
+        config: of the model.
+        what: who takes no other, as the subject of a sentence.
+
+    Raises:
+        UnsupportedArchitecture: naming what is possible.
+    """
+    if composite_of(config) is not None:
+        raise UnsupportedArchitecture(
+            f"{what} takes text models only, and {config.model_type} is a vision-language model: compress it, measure "
+            "it on text, or export it `--to hf`, and run it with transformers (AutoModelForImageTextToText)"
+        )
+
+
 def architecture_of(config: Any) -> Architecture:
-    """Find the record of a config, stock or ragged.
+    """Find the record of a config, stock or ragged; for a composite, that of its language tower, found from the model.
 
     Raises:
         UnsupportedArchitecture: no record, or a variant of the architecture that the record does not fit.
     """
+    composite = composite_of(config)
+    if composite is not None:
+        text = architecture_of(text_config_of(config))
+        below = text.blocks.partition(".")[2]  # the tower is the body that this path begins with in a text model
+        return dataclasses.replace(text, blocks=f"{composite.tower}.{below}")
     model_type = getattr(config, "base_model_type", config.model_type)
+    if model_type in NOT_SUPPORTED:
+        raise UnsupportedArchitecture(f"architecture {model_type!r} is not supported: {NOT_SUPPORTED[model_type]}")
     if model_type not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
         raise UnsupportedArchitecture(
-            f"architecture {model_type!r} is not known; known are {known}. "
+            f"architecture {model_type!r} is not known; known are {known_architectures()}. "
             "To add one, write its record in compress/arch.py and its name in the tests"
         )
     arch = ARCHITECTURES[model_type]

@@ -2,6 +2,7 @@
 
 * ``manifest.json``: what it is: origin, layout, steps, parameters, the hash of every other file;
 * ``config.json``: stock for a plain layout, ``model_type: "foldaway"`` for a ragged one;
+* the processor's files, for a vision-language model, as its source had them;
 * ``*.safetensors``: every distinct tensor once;
 * ``foldaway_model.py``: only for a ragged layout, the code that builds it;
 * tokenizer files, ``generation_config.json``, ``README.md``.
@@ -12,20 +13,21 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress import budget, remote_code
+from compress.arch import COMPOSITES, composite_of
 from compress.errors import ArtifactError, CorruptArtifact
 from compress.files import new_folder, sha256_of
 from compress.layout import layout_of
 from compress.schema import FileEntry, Strict, list_files, read_versioned
-from compress.sources import MANIFEST, Loaded, Origin, load_tokenizer, load_weights
+from compress.sources import MANIFEST, Loaded, Origin, auto_class, load_tokenizer, load_weights, read_processor
 
 VERSION = 1
 READ_SUFFIXES = (".safetensors", ".json", ".jinja", ".py", ".model", ".txt")
@@ -91,6 +93,7 @@ def save(
     origin: OriginEntry,
     steps: Sequence[Step],
     parent: str | None = None,
+    processor: Mapping[str, bytes] | None = None,
 ) -> Manifest:
     """Write an artifact. It appears whole or not at all.
 
@@ -101,12 +104,13 @@ def save(
         origin: the model that the first step was applied to.
         steps: all methods applied since, in order.
         parent: id of the artifact that the last step was applied to, if it was one.
+        processor: files of a vision-language model's processor, as in `Loaded`.
 
     Raises:
         ConfigError: ``path`` is not empty.
     """
     with new_folder(path) as folder:
-        write_model(model, tokenizer, folder)
+        write_model(model, tokenizer, folder, processor)
         (folder / "README.md").write_text(_card(model, origin, steps), encoding="utf-8")
         manifest = _describe(model, folder, origin, steps, parent)
         text = manifest.model_dump_json(indent=2) + "\n"
@@ -114,10 +118,17 @@ def save(
     return manifest
 
 
-def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def write_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    processor: Mapping[str, bytes] | None = None,
+) -> None:
     """Write the files that transformers needs to load a plain or ragged model, without foldaway installed."""
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     tokenizer.save_pretrained(folder)
+    for name, content in (processor or {}).items():
+        (folder / name).write_bytes(content)
 
 
 def _describe(
@@ -203,14 +214,16 @@ def load(path: Path, *, dtype: torch.dtype | None = None) -> Loaded:
         CorruptArtifact: the files are not those of the manifest.
     """
     manifest = verify(path)
-    auto_class = AutoModelForCausalLM if manifest.layout.kind == "plain" else remote_code.FoldawayForCausalLM
+    plain = manifest.layout.kind == "plain"
+    model_class = auto_class(manifest.model_type) if plain else remote_code.FoldawayForCausalLM
     options = {"trust_remote_code": False, "local_files_only": True}
-    model = load_weights(auto_class, str(path), dtype=dtype, **options)
+    model = load_weights(model_class, str(path), dtype=dtype, **options)
     tokenizer = load_tokenizer(str(path), model, **options)
     origin = Origin(
         str(path), "artifact", manifest.origin.licence, manifest.origin.quantised_from, artifact_id=manifest.id
     )
-    return Loaded(model, tokenizer, origin)
+    processor = read_processor(str(path)) if manifest.model_type in COMPOSITES else {}
+    return Loaded(model, tokenizer, origin, processor)
 
 
 def ancestry(loaded: Loaded) -> tuple[OriginEntry, list[Step], str | None]:
@@ -229,7 +242,8 @@ def _card(model: PreTrainedModel, origin: OriginEntry, steps: Sequence[Step]) ->
     """The model card: licence and base of the parent, what was done, how to load it."""
     header = ["---", *([f"license: {origin.licence.lower()}"] if origin.licence else [])]
     header += [f"base_model: {origin.name}"] if origin.kind == "hub" else []
-    header += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- foldaway", "- pruned", "---"]
+    task = "text-generation" if composite_of(model.config) is None else "image-text-to-text"
+    header += ["library_name: transformers", f"pipeline_tag: {task}", "tags:", "- foldaway", "- pruned", "---"]
     ragged = layout_of(model).kind == "ragged"
     lines = ["", f"# {Path(origin.name).name}, compressed", "", f"Made by foldaway from `{origin.name}`"]
     lines[-1] += f" (licence of the weights: {origin.licence or 'not stated by the source'})."
@@ -241,6 +255,8 @@ def _card(model: PreTrainedModel, origin: OriginEntry, steps: Sequence[Step]) ->
         lines[-1] += f" ({step.numbers['sparsity_of_blocks']:.1%} of the blocks, "
         lines[-1] += f"{step.numbers['sparsity_of_model']:.1%} of the model removed)"
     code = ", trust_remote_code=True" if ragged else ""
-    lines += ["", "```python", f"model = AutoModelForCausalLM.from_pretrained(PATH{code})"]
-    lines += [f"tokenizer = AutoTokenizer.from_pretrained(PATH{code})", "```"]
+    model_class = auto_class(model.config.model_type).__name__
+    reader = "tokenizer = AutoTokenizer" if composite_of(model.config) is None else "processor = AutoProcessor"
+    lines += ["", "```python", f"model = {model_class}.from_pretrained(PATH{code})"]
+    lines += [f"{reader}.from_pretrained(PATH{code})", "```"]
     return "\n".join([*header, *lines]) + "\n"

@@ -13,11 +13,32 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress import text
+from compress.arch import text_config_of
 from compress.errors import ConfigError
 from compress.result import Progress, no_progress
 
 ROWS_AT_ONCE = 8  # sampled together: the key-value cache of so many rows must fit in memory
 NO_LIMIT = 1_000_000_000  # tokenizers without a limit name a number beyond this
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """What entered the language tower of a vision-language model: tokens' and images' embeddings.
+
+    Attributes:
+        embeds: (N, T, D), as the model computed them.
+        position_ids: (N, T), or (N, A, T) with A axes of position; None where the tower counts for itself.
+    """
+
+    embeds: Tensor
+    position_ids: Tensor | None = None
+
+    def batch(self, index: slice | Tensor, device: str | torch.device) -> dict[str, Tensor]:
+        """The rows at some places as keyword inputs of a model's forward pass."""
+        if self.position_ids is None:
+            return {"inputs_embeds": self.embeds[index].to(device)}
+        positions = self.position_ids[index].movedim(0, -2)  # transformers puts the axes before the rows: (A, B, T)
+        return {"inputs_embeds": self.embeds[index].to(device), "position_ids": positions.to(device)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +48,10 @@ class TokenRows:
     Attributes:
         tokens: int64 (N, T).
         source: where they come from, for records.
-        sha256: of the bytes of `tokens` (int64, little endian, row after row).
+        sha256: of the bytes of `tokens` (int64, little endian, row after row), and behind them of what was recorded.
         seed: what they were shuffled or sampled with.
         stride: tokens from the start of one evaluation window to the next; None where rows do not overlap.
+        recorded: for a vision-language model, what enters its language tower in the place of tokens; see recording.py.
     """
 
     tokens: Tensor
@@ -37,12 +59,32 @@ class TokenRows:
     sha256: str
     seed: int
     stride: int | None = None
+    recorded: Recorded | None = None
 
     @property
     def predicted(self) -> int:
         """Tokens of each row that an evaluation predicts: those that no other row does."""
         length = self.tokens.shape[1]
         return length - 1 if self.stride is None else min(self.stride, length - 1)
+
+    def batch(self, index: slice | Tensor, device: str | torch.device) -> dict[str, Tensor]:
+        """The rows at some places as keyword inputs of a model's forward pass."""
+        if self.recorded is not None:
+            return self.recorded.batch(index, device)
+        return {"input_ids": self.tokens[index].to(device)}
+
+    def only_tokens(self) -> Tensor:
+        """The tokens (N, T), for a method that gives the model nothing else.
+
+        Raises:
+            ConfigError: the rows hold images, which their tokens alone only have places for.
+        """
+        if self.recorded is not None:
+            raise ConfigError(
+                "this method calibrates on text only, and these rows were recorded with images: draw rows of text, or "
+                "take a method that can use them (fusegpt, shortgpt, window)"
+            )
+        return self.tokens
 
     def record(self) -> dict[str, Any]:
         """What a manifest says of these rows."""
@@ -84,20 +126,22 @@ def draw(
 
     Source: 2SSP, calibration data (documents joined with two newlines, no special tokens, consecutive pieces).
     """
-    _check(length, context_length_of(model) if model is not None else tokenizer.model_max_length)
+    check_length(length, context_length_of(model) if model is not None else tokenizer.model_max_length)
     if rows < 1:
         raise ConfigError(f"cannot draw {rows} rows: ask for at least 1")
     if source == "self":
         if model is None:
             raise ConfigError("self samples from the model itself, and no model was given: give one, or a text source")
-        return _rows(sample(model, tokenizer, rows=rows, length=length, seed=seed, progress=progress), "self", seed)
+        return hashed_rows(
+            sample(model, tokenizer, rows=rows, length=length, seed=seed, progress=progress), "self", seed
+        )
     drawn = text.read(source, part="calibration", render=_chat(tokenizer))
     documents = list(drawn.documents)
     if seed != 0:
         if len(documents) == 1:
             raise ConfigError(f"{drawn.name} is a single document, which seed {seed} cannot shuffle: use seed 0")
         random.Random(seed).shuffle(documents)
-    return _rows(_cut(documents, tokenizer, drawn.name, rows, length), drawn.name, seed)
+    return hashed_rows(_cut(documents, tokenizer, drawn.name, rows, length), drawn.name, seed)
 
 
 def windows(
@@ -123,7 +167,7 @@ def windows(
     Raises:
         ConfigError: the text is missing, empty or too short, or `length` is beyond the model's context.
     """
-    _check(length, context_length or tokenizer.model_max_length)
+    check_length(length, context_length or tokenizer.model_max_length)
     if count is not None and count < 1:
         raise ConfigError(f"cannot cut {count} windows: ask for at least 1")
     if stride is not None and not 1 <= stride <= length:
@@ -133,8 +177,8 @@ def windows(
     drawn = text.read(source, part="evaluation", render=_chat(tokenizer))
     if stride is not None and stride < length:
         tokens = _encode(drawn.documents, tokenizer)
-        return _rows(_slide(tokens, drawn.name, count, length, stride), drawn.name, seed=0, stride=stride)
-    return _rows(_cut(drawn.documents, tokenizer, drawn.name, count, length), drawn.name, seed=0)
+        return hashed_rows(_slide(tokens, drawn.name, count, length, stride), drawn.name, seed=0, stride=stride)
+    return hashed_rows(_cut(drawn.documents, tokenizer, drawn.name, count, length), drawn.name, seed=0)
 
 
 @torch.no_grad()
@@ -177,9 +221,16 @@ def _first_tokens(tokenizer: PreTrainedTokenizerBase, rows: int, generator: torc
     return torch.randint(len(tokenizer), (rows, 1), generator=generator)
 
 
-def _rows(tokens: Tensor, source: str, seed: int, stride: int | None = None) -> TokenRows:
-    digest = hashlib.sha256(tokens.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
-    return TokenRows(tokens, source, digest, seed, stride)
+def hashed_rows(
+    tokens: Tensor, source: str, seed: int, stride: int | None = None, recorded: Recorded | None = None
+) -> TokenRows:
+    """Rows with their hash."""
+    digest = hashlib.sha256(tokens.contiguous().numpy().astype("<i8").tobytes())
+    if recorded is not None:
+        for tensor in (recorded.embeds, recorded.position_ids):
+            if tensor is not None:
+                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return TokenRows(tokens, source, digest.hexdigest(), seed, stride, recorded)
 
 
 def _encode(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -220,10 +271,11 @@ def _cut(
 
 def context_length_of(model: PreTrainedModel) -> int:
     """The most tokens that a model has positions for."""
-    return int(getattr(model.config, "max_position_embeddings", NO_LIMIT))
+    return int(getattr(text_config_of(model.config), "max_position_embeddings", NO_LIMIT))
 
 
-def _check(length: int, context_length: int) -> None:
+def check_length(length: int, context_length: int) -> None:
+    """Refuse rows that predict nothing, or that the model has no positions for."""
     if length < 2:
         raise ConfigError(f"rows of {length} tokens predict nothing: ask for at least 2")
     if length > context_length:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from compress.arch import Architecture, architecture_of
+from compress.arch import Architecture, architecture_of, text_config_of
 from compress.remote_code import NoAttention, NoFeedForward, remove_attention, remove_ffn, submodule
 
 
@@ -136,7 +137,7 @@ class Block:
 
 
 class Decoder:
-    """A causal LM seen as a list of blocks.
+    """A causal LM, or the language tower of a vision-language model, seen as a list of blocks.
 
     Raises:
         UnsupportedArchitecture: the model's architecture has no record.
@@ -145,6 +146,11 @@ class Decoder:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.arch = architecture_of(model.config)
+
+    @property
+    def config(self) -> Any:
+        """The config that describes the blocks: the model's own, or its language tower's."""
+        return text_config_of(self.model.config)
 
     @property
     def block_list(self) -> nn.ModuleList:

@@ -67,20 +67,31 @@ def check_new_file(path: Path) -> None:
     check_free(path)
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a text file whole, or leave what was there."""
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Write a file that takes its place whole, or leaves what was there.
+
+    Yields:
+        A temporary sibling to write into. It is renamed to ``path`` when the block ends well, and removed when it does
+        not.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    partial = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+        yield partial
+        _flush(partial)
+        partial.chmod(0o644)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text file whole, or leave what was there."""
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def sha256_of(path: Path) -> str:

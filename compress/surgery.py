@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
+from compress.arch import composite_of
 from compress.decoder import Block, Decoder
-from compress.errors import BudgetError
+from compress.errors import BudgetError, UnsupportedArchitecture
 from compress.layout import layout_of
 from compress.remote_code import make_plain, make_ragged, number_caches
 
@@ -22,6 +23,17 @@ def clone(model: PreTrainedModel) -> PreTrainedModel:
     """Copy a model's structure and share its tensors: cutting the clone leaves the original as it is."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model's structure to the meta device, so that an edit can be tried on its shapes alone."""
+    twins: dict[int, torch.Tensor] = {id(p): _on_meta(p) for p in model.parameters()}
+    twins |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
+    return copy.deepcopy(model, twins)
+
+
+def _on_meta(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
 
 
 def keep_neurons(model: PreTrainedModel, kept: Mapping[int, torch.Tensor]) -> None:
@@ -33,8 +45,11 @@ def keep_neurons(model: PreTrainedModel, kept: Mapping[int, torch.Tensor]) -> No
 
     Raises:
         BudgetError: a block would keep no neuron.
+        UnsupportedArchitecture: widths would differ, which a vision-language model has no words for.
     """
     decoder = Decoder(model)
+    if len({len(kept[block.index]) if block.index in kept else block.width for block in decoder}) > 1:
+        check_may_differ(model, "FFNs of different widths")
     for block in decoder:
         if block.index in kept:
             _keep_neurons(block, kept[block.index])
@@ -67,7 +82,9 @@ def drop_attention(model: PreTrainedModel, blocks: Sequence[int]) -> None:
 
     Raises:
         BudgetError: no attention would be left.
+        UnsupportedArchitecture: a vision-language model, which has no words for blocks without an attention.
     """
+    check_may_differ(model, "removing attentions")
     decoder = Decoder(model)
     if not set(layout_of(model).attention_blocks) - set(blocks):
         raise BudgetError("no attention would be left; a model needs at least one")
@@ -83,7 +100,11 @@ def drop_ffn(model: PreTrainedModel, blocks: Sequence[int]) -> None:
     Args:
         model: changed in place.
         blocks: indices of the blocks that lose their FFN.
+
+    Raises:
+        UnsupportedArchitecture: a vision-language model, which has no words for blocks without an FFN.
     """
+    check_may_differ(model, "removing FFNs")
     for block in Decoder(model):
         if block.index in blocks and block.has_ffn:
             block.remove_ffn()
@@ -113,9 +134,26 @@ def drop_blocks(model: PreTrainedModel, blocks: Sequence[int]) -> None:
     del decoder.block_list[:]
     decoder.block_list.extend(modules)
     for key in decoder.arch.per_block_keys:
-        if getattr(model.config, key, None) is not None:
-            setattr(model.config, key, [getattr(model.config, key)[i] for i in kept])
+        if getattr(decoder.config, key, None) is not None:
+            setattr(decoder.config, key, [getattr(decoder.config, key)[i] for i in kept])
     settle(model)
+
+
+def check_may_differ(model: PreTrainedModel, what: str) -> None:
+    """Refuse, before anything is cut, what would leave unlike blocks in a model whose config cannot say so.
+
+    Args:
+        model: on any device; nothing but its config is looked at.
+        what: makes blocks differ.
+
+    Raises:
+        UnsupportedArchitecture: a vision-language model, whose artifacts are stock ones.
+    """
+    if composite_of(model.config) is not None:
+        raise UnsupportedArchitecture(
+            f"{what} leaves blocks that differ, which a {model.config.model_type} model's config cannot say: take a "
+            "method that removes whole blocks (such as fusegpt or sleb) or the same share of every FFN (wanda)"
+        )
 
 
 def settle(model: PreTrainedModel) -> None:
@@ -123,9 +161,9 @@ def settle(model: PreTrainedModel) -> None:
     decoder = Decoder(model)
     layout = layout_of(model)
     number_caches(decoder.block_list, decoder.arch.block_parts())
-    model.config.num_hidden_layers = len(decoder)
+    decoder.config.num_hidden_layers = len(decoder)
     if width := max(block.intermediate_size for block in layout.blocks):  # 0: every FFN is gone, and the old one stays
-        setattr(model.config, decoder.arch.ffn_width, width)
+        setattr(decoder.config, decoder.arch.ffn_width, width)
     for block in decoder:
         _tell_width(block)
     if layout.kind == "plain":

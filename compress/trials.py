@@ -8,7 +8,6 @@ b upwards.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -27,8 +26,8 @@ from compress.decoder import Decoder
 from compress.evaluate import cross_entropy
 from compress.files import write_file
 from compress.gating import BlockForwards, starting_at, without_attention, without_ffn
-from compress.layout import layout_of
 from compress.result import Run
+from compress.resume import identity
 from compress.surgery import drop_blocks, empty_blocks
 
 
@@ -125,7 +124,10 @@ class _Search:
         with BlockForwards(self.decoder) as forwards:
             self.entering = self._enter()
         self.block_forwards = forwards.count
-        self.trace = None if run.scratch is None else run.scratch / f"removals-{self._identity()}.json"
+        self.trace = None
+        if run.scratch is not None:
+            seen = (self.rows, *(row[-1] for row in self.entering))
+            self.trace = run.scratch / f"removals-{identity(self.decoder, what, seen)}.json"
         self.known = [] if self.trace is None else _read(self.trace)
 
     @property
@@ -208,18 +210,6 @@ class _Search:
             return (len(self.blocks) - len(empty_blocks(self.model))) * len(self.rows)
         with self._without(part):
             return self._passes()
-
-    def _identity(self) -> str:
-        """Tells whether an earlier run began as this one: same purpose, rows, shape and model.
-
-        What enters the last block stands for the weights of all blocks below it.
-        """
-        digest = hashlib.sha256(repr((self.what, layout_of(self.model))).encode())
-        below = {id(p) for block in self.blocks[:-1] for p in block.module.parameters()}
-        above = (p.detach() for p in self.model.parameters() if id(p) not in below)
-        for tensor in (self.rows, *(row[-1] for row in self.entering), *above):
-            digest.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
 
 
 def _comparable(cost: float) -> float:

@@ -11,12 +11,15 @@ from benchmarks.gate import Limit, judge
 from benchmarks.machine import machine
 from benchmarks.measures import PairedRuns
 from benchmarks.record import Model, Record
+from compress.arch import check_text_model
 from compress.files import check_free
 from compress.result import Progress
+from compress.sources import config_of
 from deploy.comparison import Measured, measure
 from deploy.recipe import BenchmarkSpec, EvaluationSpec
 from deploy.sides import Side, check_comparable, open_side
 from deploy.steps import evaluation_windows
+from exporters.base import is_export
 
 
 def bench(
@@ -36,6 +39,9 @@ def bench(
         The record and the path of the report.
     """
     check_free(out)
+    for path in (baseline, candidate):
+        if not is_export(path):
+            check_text_model(config_of(path), "foldaway bench")  # better now than when its server starts
     ours, theirs = open_side(baseline), open_side(candidate)
     check_comparable(ours, theirs)
     rows = evaluation_windows(evaluation, ours.tokenizer, min(ours.context_length, theirs.context_length))

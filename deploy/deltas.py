@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from compress.arch import check_text_model
 from compress.calibration import draw
 from compress.delta.advise import Advice, advise
 from compress.delta.checkpoint import Adapter, Checkpoint, model_folder, open_base, open_finetuned, roles_of
@@ -60,6 +61,8 @@ class Pair:
                     parameter.copy_(self.finetuned.get(name))
         else:
             loaded = load(self._finetuned_name)
+        # Checkpoints of composites name their tensors otherwise than the live model does.
+        check_text_model(loaded.model.config, "a delta that is calibrated or searched for")
         loaded.model.to(self.run.device)  # type: ignore[arg-type]
         return loaded
 

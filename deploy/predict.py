@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compress import budget
+from compress.decoder import Decoder
 from compress.layout import layout_of
 from compress.methods import METHODS, method_config
 from compress.sources import skeleton
@@ -90,7 +91,7 @@ def predict_export(model: str, to: str, options: ExportOptions) -> tuple[int, in
 
 def _memory(shape: PreTrainedModel, length: int) -> int:
     """Weights, the logits of one row with their fp32 copy in chunks, and what enters each block."""
-    config, item_size = shape.config, shape.dtype.itemsize
+    config, item_size = Decoder(shape).config, shape.dtype.itemsize
     blocks = len(layout_of(shape).blocks)
     activations = length * item_size * (config.vocab_size + (blocks + 8) * config.hidden_size)
     return int(LIBRARIES_BYTES + budget.count(shape).total * item_size + activations)

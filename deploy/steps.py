@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress import artifact
+from compress.arch import composite_of
 from compress.artifact import Step
 from compress.calibration import TokenRows, draw, windows
 from compress.errors import ConfigError
 from compress.methods import METHODS, method_config
 from compress.result import Progress, Run
 from compress.sources import Loaded
+from compress.surgery import without_weights
 from deploy.recipe import CalibrationSpec, EvaluationSpec
 
 
@@ -40,7 +42,12 @@ def compress_model(
         progress: told of each step.
         consume: the model given is not needed any more.
         scratch: where an interrupted call leaves what the next one goes on from.
+
+    Raises:
+        UnsupportedArchitecture: a vision-language model whose blocks a method would make differ.
     """
+    if composite_of(loaded.model.config) is not None:
+        _try_on_shapes(loaded.model, steps, calibration)
     origin, taken, parent = artifact.ancestry(loaded)
     model = loaded.model
     for place, (method, options) in enumerate(steps):
@@ -67,7 +74,18 @@ def compress_model(
             )
         )
     model.to("cpu")  # type: ignore[arg-type]
-    return artifact.save(model, loaded.tokenizer, path, origin=origin, steps=taken, parent=parent)
+    return artifact.save(
+        model, loaded.tokenizer, path, origin=origin, steps=taken, parent=parent, processor=loaded.processor
+    )
+
+
+def _try_on_shapes(
+    model: PreTrainedModel, steps: Sequence[tuple[str, dict[str, Any]]], calibration: CalibrationSpec
+) -> None:
+    """Let a method refuse a model before the work of the methods before it is done."""
+    shape = without_weights(model)
+    for method, options in steps:
+        METHODS[method].outline(shape, calibration.rows, method_config(method, options))
 
 
 def evaluation_windows(spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase, context_length: int) -> TokenRows:

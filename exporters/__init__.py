@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from compress.calibration import context_length_of
 from compress.errors import ConfigError
 from compress.files import check_free
 from compress.result import Progress, no_progress
@@ -58,7 +59,7 @@ def export(
     """
     exporter = exporter_named(to)
     check_free(path)
-    context = loaded.model.config.max_position_embeddings
+    context = context_length_of(loaded.model)
     if check_tokens.dim() != 2 or not 1 <= check_tokens.shape[1] <= context or len(check_tokens) == 0:
         raise ConfigError(
             f"the export is checked on tokens of shape (rows, 1..{context}), not on {tuple(check_tokens.shape)}"

@@ -1,7 +1,8 @@
 """Export to a Hugging Face folder: stock for a plain model, with our remote-code module for a ragged one.
 
 The folder needs transformers and nothing of ours: ``AutoModelForCausalLM.from_pretrained(path)``, with
-``trust_remote_code=True`` when ragged. It is reloaded in just that way to be checked.
+``trust_remote_code=True`` when ragged, or ``AutoModelForImageTextToText`` for a vision-language model. It is reloaded
+in just that way to be checked; a vision-language model on text alone.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, dynamic_module_utils
+from transformers import PreTrainedModel, dynamic_module_utils
 
+from compress.arch import composite_of
 from compress.artifact import write_model
 from compress.device import DTYPES
 from compress.evaluate import logits_of
 from compress.files import new_folder
 from compress.layout import layout_of
 from compress.result import Progress, no_progress
-from compress.sources import Loaded
+from compress.sources import Loaded, auto_class
 from exporters.base import Exported, ExportOptions, choose_dtype, exported, in_dtype, seal
 from exporters.parity import Decode, Parity, Side, check
 
@@ -53,7 +55,7 @@ def export(
     dtype = choose_dtype("hf", options, tuple(DTYPES), default=stored)
     model = in_dtype(loaded.model, DTYPES[dtype])
     with new_folder(path) as folder:
-        write_model(model, loaded.tokenizer, folder)
+        write_model(model, loaded.tokenizer, folder, loaded.processor)
         parity = _check_parity(loaded.model, model, folder, check_tokens, progress)
         (folder / "README.md").write_text(_card(loaded, dtype, parity), encoding="utf-8")
         record = seal(folder, loaded, "hf", dtype, options, parity)
@@ -69,7 +71,7 @@ def _check_parity(
     choices, and the folder's decoding with the rounded model in memory, to the same tolerance as exact weights.
     """
     with _private_modules():
-        reloaded = AutoModelForCausalLM.from_pretrained(
+        reloaded = auto_class(source.config.model_type).from_pretrained(
             folder,
             dtype=torch.float32,
             trust_remote_code=layout_of(source).kind == "ragged",  # the code that it carries then is ours
@@ -125,10 +127,12 @@ def _decode(model: PreTrainedModel) -> Decode:
 def _card(loaded: Loaded, dtype: str, parity: Parity) -> str:
     """README.md of the export folder."""
     origin = loaded.origin
-    ragged = layout_of(loaded.model).kind == "ragged"
+    code = ", trust_remote_code=True" if layout_of(loaded.model).kind == "ragged" else ""
+    model_class = auto_class(loaded.model.config.model_type).__name__
     name = Path(origin.name).name
     header = ["---", *([f"license: {origin.licence.lower()}"] if origin.licence else [])]
-    header += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- foldaway", "---"]
+    task = "text-generation" if composite_of(loaded.model.config) is None else "image-text-to-text"
+    header += ["library_name: transformers", f"pipeline_tag: {task}", "tags:", "- foldaway", "---"]
     against = "the source" if parity.decode_against == "source" else "the stored weights in memory"
     made_from = f"`{name}`" + (f" (artifact {origin.artifact_id})" if origin.artifact_id else "")
     lines = [
@@ -142,7 +146,7 @@ def _card(loaded: Loaded, dtype: str, parity: Parity) -> str:
         f"Decoding token by token with a cache, against {against}: {parity.decode_max_abs_difference:.3g}.",
         "",
         "```python",
-        f"AutoModelForCausalLM.from_pretrained(PATH{', trust_remote_code=True' if ragged else ''})",
+        f"{model_class}.from_pretrained(PATH{code})",
         "```",
     ]
     return "\n".join([*header, *lines]) + "\n"

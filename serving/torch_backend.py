@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compress.arch import check_text_model
 from compress.device import device_named
 from compress.errors import BackendError
-from compress.sources import load
+from compress.sources import config_of, load
 from exporters.base import is_export, read_export
 from serving.backend import end_tokens_of, model_id_of
 
@@ -61,6 +62,7 @@ class TorchBackend:
         Raises:
             ConfigError: no such model or device.
             BackendError: a folder that only holds another runtime's files.
+            UnsupportedArchitecture: a vision-language model.
         """
         device_named(device)  # before the model is read
         artifact_id = None
@@ -72,6 +74,7 @@ class TorchBackend:
                     f"{path} is an ONNX export, which torch cannot run: leave the backend out, or give onnx"
                 )
             artifact_id = record.artifact_id
+        check_text_model(config_of(path), "foldaway serve")
         loaded = load(path)
         return cls(
             loaded.model,

@@ -38,7 +38,15 @@ from compress.layout import layout_of
 from compress.methods import two_ssp
 from compress.ranking import lowest_indices, top_indices
 from compress.result import CompressedModel, Report, Run
-from compress.surgery import clone, cut_ffn, drop_attention, drop_blocks, empty_blocks, keep_neurons
+from compress.surgery import (
+    check_may_differ,
+    clone,
+    cut_ffn,
+    drop_attention,
+    drop_blocks,
+    empty_blocks,
+    keep_neurons,
+)
 from compress.trials import Candidates, Part, Removals, remove_greedily
 
 # --- What every peer is asked, and how it answers
@@ -158,7 +166,7 @@ def shortgpt(
     decoder = Decoder(pruned)
     goes = budget.blocks_to_remove(config.sparsity, len(decoder))
     with BlockForwards(decoder) as forwards:
-        similarity = block_similarity(decoder, calibration.tokens, run, last_token_only=config.tokens == "last")
+        similarity = block_similarity(decoder, calibration, run, last_token_only=config.tokens == "last")
     influence = [1 - cosine for cosine in similarity]
     removed = sorted(lowest_indices([math.inf, *influence[1:]], goes))
     if removed:
@@ -189,7 +197,7 @@ def window(
     decoder = Decoder(pruned)
     goes = budget.blocks_to_remove(config.sparsity, len(decoder))
     with BlockForwards(decoder) as forwards:
-        similarity = window_similarity(decoder, calibration.tokens, goes, run, last_token_only=config.tokens == "last")
+        similarity = window_similarity(decoder, calibration, goes, run, last_token_only=config.tokens == "last")
     first = 1 + max(range(len(similarity)), key=lambda i: (similarity[i], -i))
     removed = list(range(first, first + goes))
     if removed:
@@ -313,7 +321,8 @@ def _remove(
         return Removals()
     if config.rows > len(calibration.tokens):
         raise BudgetError(f"rows={config.rows}: there are {len(calibration.tokens)} calibration rows")
-    return remove_greedily(model, calibration.tokens[: config.rows], candidates, run, f"{name}: trial removals", trials)
+    rows = calibration.only_tokens()[: config.rows]
+    return remove_greedily(model, rows, candidates, run, f"{name}: trial removals", trials)
 
 
 def _of_removals(removals: Removals) -> dict[str, Any]:
@@ -330,9 +339,12 @@ def _sizes_and_target(model: PreTrainedModel, config: GreedyConfig) -> tuple[dic
 
     Raises:
         BudgetError: all that may go, which is all but one attention, is less.
+        UnsupportedArchitecture: the model has no words for what would be left.
     """
     sizes = {part: size for block in Decoder(model) for part, size in _part_sizes(block).items()}
     target = round(config.sparsity * budget.count(model).blocks)
+    if target > 0:
+        check_may_differ(model, "removing attentions and FFNs apart")
     if sum(sizes.values()) - max(size for part, size in sizes.items() if part.kind == "attention") < target:
         raise BudgetError(f"sparsity {config.sparsity} would leave no attention; lower the sparsity")
     return sizes, target
@@ -407,7 +419,7 @@ def wanda(
     decoder = Decoder(pruned)
     with BlockForwards(decoder) as forwards:
         squares = neuron_means(
-            decoder, lambda z: z.float().square().sum(0), calibration.tokens, run, "wanda: activation norms"
+            decoder, lambda z: z.float().square().sum(0), calibration.only_tokens(), run, "wanda: activation norms"
         )
     scores = {
         b: mean.mul(len(calibration.tokens)).sqrt() * decoder.blocks[b].ffn_out.matrix.abs().double().sum(0).cpu()

@@ -31,7 +31,7 @@ from compress.gating import BlockForwards
 from compress.layout import layout_of
 from compress.ranking import top_indices
 from compress.result import CompressedModel, Report, Run
-from compress.surgery import clone, cut_ffn, drop_attention, keep_neurons
+from compress.surgery import check_may_differ, clone, cut_ffn, drop_attention, keep_neurons
 from compress.trials import Part, Removals, remove_greedily
 
 
@@ -80,16 +80,16 @@ def compress(
     Source: Sandri et al. 2025, sections 3.1 to 3.3, equation 5 for the balance.
     """
     run = run or Run()
-    dense = budget.count(model)
+    dense, tokens = budget.count(model), calibration.only_tokens()
     pruned = model if run.consume else clone(model)
     plan = plan_for(model, config)
     removals, forwards = Removals(), 0
     if config.sparsity > 0:
         with BlockForwards(Decoder(pruned)) as stage_1:
-            scores = neuron_scores(pruned, calibration.tokens, config.neuron_norm, run)
+            scores = neuron_scores(pruned, tokens, config.neuron_norm, run)
         keep_neurons(pruned, {b: top_indices(score, plan.widths[b]) for b, score in scores.items()})
         forwards = stage_1.count
-        removals = remove_attentions(pruned, calibration.tokens[:1], plan.attentions, run)
+        removals = remove_attentions(pruned, tokens[:1], plan.attentions, run)
     numbers = {
         "attentions_removed": removals.blocks("attention"),
         "perplexity_after_removal": removals.perplexities,
@@ -136,9 +136,13 @@ def plan_for(model: PreTrainedModel, config: TwoSSPConfig) -> Plan:
 
     Raises:
         BudgetError: the target cannot be reached.
+        UnsupportedArchitecture: the model has no words for blocks without an attention.
     """
     widths = [block.width for block in Decoder(model)]
-    return balance(budget.count(model), widths, config) if config.sparsity > 0 else Plan(0, tuple(widths))
+    plan = balance(budget.count(model), widths, config) if config.sparsity > 0 else Plan(0, tuple(widths))
+    if plan.attentions:
+        check_may_differ(model, "removing attentions")
+    return plan
 
 
 def balance(dense: budget.Counts, widths: list[int], config: TwoSSPConfig) -> Plan:

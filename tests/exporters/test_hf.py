@@ -136,7 +136,7 @@ def test_a_folder_that_lost_a_weight_leaves_nothing_behind(
 ) -> None:
     right = to_hf.write_model
 
-    def wrong(model: object, tokenizer: object, folder: Path) -> None:
+    def wrong(model: object, tokenizer: object, folder: Path, processor: object) -> None:
         other = tiny("llama")
         other.model.layers[2].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(64, 80))
         right(other, byte_tokenizer(), folder)
