@@ -15,14 +15,30 @@ from benchmarks.evaluation import skill_kept
 from benchmarks.intervals import exponential, exponential_of_mean
 from benchmarks.machine import Machine
 from benchmarks.markup import Html
+from benchmarks.measures import PairedRuns
 from benchmarks.plots import Curve, curves
 from benchmarks.record import VERSION, Model, read_as
 from benchmarks.tasks import TaskScore
-from benchmarks.words import number, times, with_error
+from benchmarks.words import number, quantity, times, with_error
 from compress.evaluate import Perplexity
 from compress.schema import Strict
 
 FORMAT: Final = "foldaway-table"
+
+
+@dataclass(frozen=True)
+class ExportedCell:
+    """A cell's model as it is shipped.
+
+    Attributes:
+        dtype: of its weights.
+        size_bytes: of graph and weights.
+        decode: tokens/second in one process, taking turns with the dense model's export.
+    """
+
+    dtype: str
+    size_bytes: int
+    decode: PairedRuns
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,7 @@ class Cell:
         compression_seconds: of the method alone, without loading; None for the dense model.
         peak_rss_bytes: host memory of a process that loads the model and compresses it.
         numbers: the method's own report.
+        exported: size and speed of its export, where that was asked for.
     """
 
     label: str
@@ -56,6 +73,7 @@ class Cell:
     compression_seconds: float | None
     peak_rss_bytes: int
     numbers: Mapping[str, JsonValue]
+    exported: ExportedCell | None = None
 
     @property
     def accuracy(self) -> float | None:
@@ -180,12 +198,35 @@ def calibration_grid(table: Table) -> Grid:
     return Grid(("calibration text", "seed", "perplexity"), rows)
 
 
+def export_grid(table: Table) -> Grid:
+    """What is shipped: size and decode speed of the exports, against the dense model's."""
+    exported = [cell for cell in (table.dense, *table.cells) if cell.exported is not None]
+    rows = tuple(_exported(cell, table.dense) for cell in exported)
+    headers = ("export", "parameters", "size", "decode", "decode / dense", "parameters dense / candidate")
+    return Grid(headers, rows)
+
+
+def _exported(cell: Cell, dense: Cell) -> tuple[str, ...]:
+    found = cell.exported
+    assert found is not None
+    ratio, interval = found.decode.ratio, found.decode.ratio_interval
+    return (
+        f"{cell.label}, {found.dtype}" + (f", {cell.sparsity:.1%}" if cell.method else ""),
+        quantity("parameters", cell.parameters),
+        quantity("size_bytes", found.size_bytes),
+        quantity("decode_tokens_per_second", found.decode.candidate_summary.median),
+        f"{times(ratio)} ({number(interval.low)} to {number(interval.high)})",
+        times(dense.parameters / cell.parameters),
+    )
+
+
 GRIDS: dict[str, Callable[[Table], Grid]] = {
     "perplexity": perplexity_grid,
     "ratio": ratio_grid,
     "accuracy": accuracy_grid,
     "cost": cost_grid,
     "calibration": calibration_grid,
+    "export": export_grid,
 }
 """The tables of a record, by the name that documents ask for them with."""
 

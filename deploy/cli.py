@@ -121,6 +121,28 @@ def _add_compress(commands: Any) -> None:
             neuron_norm=l2  how a neuron is scored: l2 or l1
             divisor=N       FFN widths become multiples of N (64 or 128 suit most kernels)
 
+          fusegpt   whole blocks, one after the other; the neighbours of each learn to do without it, from its weights
+                    and from what it did (Pei et al. 2024). The result is a plain model of fewer blocks
+            sparsity=S      share of the blocks to remove, rounded up (needed)
+            window=8        blocks that take part in a removal, with the removed one; even
+            epochs=20       how often the calibration rows are learnt from at each removal
+            batch=8         rows a step; their number must divide --rows
+            coefficient_rank=128, coefficient_lr=0.001    of what scales the removed block's weights; rank 0: no fusion
+            lora_rank=128, base_lr=9.65e-6    of what else learns; rank 0: nothing else. Both 0: the block is deleted
+            loss=batch_kl   at the end of the window: batch_kl, mse, cosine or feature_kl
+            precision=fp32  of what learns; bf16 as in the paper
+            ranking=macro_influence    which block goes: macro_influence, block_influence (ShortGPT) or loss (SLEB)
+            iterative=true  rank again after each removal; false: once
+            scoring_rows=N  rows that rank (default: the first 32)
+            blocks=[4,9]    remove these, in this order, in place of a ranking
+            protect=[0,-1]  never remove these; negative ones count from the end
+            rerank=0        fuse so many of the best candidates on trial, in a small window, and take the best
+            rerank_window=4, rerank_epochs=1    of such a trial
+            held_out=0      rows, the last ones, on which each removal's error is reported
+            seed=0          of what learns and of the order of the rows
+            The paper's learning rates (the defaults) belong to some 2,500 steps a removal; with fewer steps give
+            higher ones, as the recipe fusegpt.yaml does.
+
         and the peers it is judged against, all with sparsity=S:
 
           shortgpt     the blocks that change their input least (Men et al. 2024)
@@ -140,7 +162,7 @@ def _add_compress(commands: Any) -> None:
         "foldaway compress demo:smollm2 --method 2ssp --set sparsity=0.25 -o smol-25",
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
-    parser.add_argument("--method", metavar="NAME", help="2ssp, or one of its peers, see above")
+    parser.add_argument("--method", metavar="NAME", help="2ssp, fusegpt, or one of their peers, see above")
     parser.add_argument(
         "--set",
         action="append",

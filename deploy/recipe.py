@@ -8,7 +8,8 @@
       limits: [{metric: perplexity, max_ratio: 2.0}]
 
 Steps chain. One option of the last step may be a list: its values are tried in the order given, from mild to strong,
-until one misses a perplexity limit of the gate; the last that met it goes on.
+until one misses a perplexity limit of the gate; the last that met it goes on. An option whose value is a list itself,
+such as the blocks to protect, is taken as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, Literal
 from pydantic import Field, JsonValue, model_validator
 
 from benchmarks.gate import GateFile
-from compress.methods import method_config
+from compress.methods import method_config, takes_list
 from compress.schema import Strict, read_yaml
 from exporters.base import ExportOptions
 
@@ -53,12 +54,17 @@ class StepSpec(Strict):
 
     def variants(self) -> list[dict[str, Any]]:
         """The options to try: one set of them, or one for each value of the option that is a list."""
-        lists = [name for name, value in self.set.items() if isinstance(value, list)]
+        lists = self.ladders()
         if not lists:
             return [dict(self.set)]
         values = self.set[lists[0]]
         assert isinstance(values, list)
         return [{**self.set, lists[0]: value} for value in values]
+
+    def ladders(self) -> list[str]:
+        """Names of the options of which several values are given."""
+        whole = takes_list(self.method)
+        return [name for name, value in self.set.items() if isinstance(value, list) and name not in whole]
 
 
 class EvaluationSpec(Strict):
@@ -117,7 +123,7 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _steps_can_be_run(self) -> Recipe:
         for place, step in enumerate(self.steps, start=1):
-            lists = [name for name, value in step.set.items() if isinstance(value, list)]
+            lists = step.ladders()
             if len(lists) > 1 or (lists and place < len(self.steps)):
                 raise ValueError(f"step {place}: only one option, of the last step, may be a list ({', '.join(lists)})")
             if lists and not step.set[lists[0]]:

@@ -7,9 +7,11 @@ name that holds the hash of what went into it: a suite that was stopped goes on 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -26,11 +28,12 @@ from torch import Tensor
 
 from benchmarks import record as records
 from benchmarks import tasks
+from benchmarks.latency import latency_pair
 from benchmarks.machine import machine
 from benchmarks.memory import PeakMemory
 from benchmarks.record import Model
 from benchmarks.scoring import torch_scorer
-from benchmarks.table import Cell, Table
+from benchmarks.table import Cell, ExportedCell, Table
 from benchmarks.tasks import TaskScore
 from compress import budget
 from compress.artifact import write_model
@@ -47,23 +50,34 @@ from compress.sources import Loaded, fingerprint, load, skeleton
 from compress.text import text_hash
 from deploy.bench import now
 from deploy.comparison import child_environment, last_words
+from deploy.sides import open_side
 from deploy.steps import data_file
-from deploy.workspace import Workspace
-from exporters.base import installed_versions
+from deploy.workspace import Workspace, digest
+from exporters import export
+from exporters.base import ExportOptions, installed_versions
 
 USER_ERROR = 2
 """Exit code of a process that refuses what it was asked."""
 
 CELL = TypeAdapter(Cell)
+EXPORTED = TypeAdapter(ExportedCell)
+
+CHECK_TOKENS = 128
+"""Tokens that every export is checked on."""
 
 
 class MethodSpec(Strict):
-    """One row of the table, at sparsities of its own or at those of the suite."""
+    """One row of the table, at sparsities of its own or at those of the suite.
+
+    With ``same_blocks_as`` the method is given, as its option ``blocks``, the blocks that the row of that label removed
+    at the same sparsity.
+    """
 
     label: str
     method: str
     set: dict[str, JsonValue] = Field(default_factory=dict)
     sparsities: tuple[float, ...] | None = Field(default=None, min_length=1)
+    same_blocks_as: str | None = None
 
 
 class DrawSpec(Strict):
@@ -79,6 +93,17 @@ class CalibrationsSpec(Strict):
     label: str
     sparsity: float
     draws: tuple[DrawSpec, ...] = Field(min_length=1)
+
+
+class ExportsSpec(Strict):
+    """Cells that are exported as well, and timed beside the dense model's export, one after the other."""
+
+    dtype: Literal["fp32", "int4"] = "int4"
+    sparsity: float
+    labels: tuple[str, ...] = Field(min_length=1)
+    prompt_tokens: int = Field(default=128, ge=1)
+    decode_tokens: int = Field(default=64, ge=1)
+    repeats: int = Field(default=9, ge=5)
 
 
 class Profile(Strict):
@@ -104,6 +129,7 @@ class Suite(Strict):
     sparsities: tuple[float, ...] = Field(min_length=1)
     methods: tuple[MethodSpec, ...] = Field(min_length=1)
     calibrations: CalibrationsSpec | None = None
+    exports: ExportsSpec | None = None
     profiles: dict[str, Profile] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -116,12 +142,30 @@ class Suite(Strict):
                 raise ValueError(f"methods: {method.label!r} sets a sparsity: list it under sparsities")
             for sparsity in method.sparsities or self.sparsities:
                 method_config(method.method, {**method.set, "sparsity": sparsity})
+            self._check_same_blocks(method)
+        if self.exports is not None:
+            for label in self.exports.labels:
+                named = [m for m in self.methods if m.label == label]
+                if not named or self.exports.sparsity not in (named[0].sparsities or self.sparsities):
+                    raise ValueError(f"exports: no method {label!r} at sparsity {self.exports.sparsity}")
         if self.calibrations is not None:
             if self.calibrations.label not in labels:
                 raise ValueError(f"calibrations: no method has the label {self.calibrations.label!r}")
             method = self.methods[labels.index(self.calibrations.label)]
             method_config(method.method, {**method.set, "sparsity": self.calibrations.sparsity})
         return self
+
+    def _check_same_blocks(self, method: MethodSpec) -> None:
+        """Raise unless the row whose blocks a method removes is there, at all its sparsities."""
+        if method.same_blocks_as is None:
+            return
+        others = [m for m in self.methods if m.label == method.same_blocks_as and m.same_blocks_as is None]
+        if not others or set(method.sparsities or self.sparsities) - set(others[0].sparsities or self.sparsities):
+            raise ValueError(
+                f"methods: {method.label!r} removes the blocks of {method.same_blocks_as!r}, which is no method with "
+                "blocks of its own at all its sparsities"
+            )
+        method_config(method.method, {**method.set, "sparsity": 0.5, "blocks": []})
 
 
 @dataclass(frozen=True)
@@ -230,7 +274,7 @@ class SuiteRun:
         inputs: dict[str, Any] = {
             "versions": installed_versions(),
             "model": self.model_hash,
-            "method": job.spec and job.spec.model_dump(exclude={"label", "sparsities"}),
+            "method": job.spec and job.spec.model_dump(exclude={"label", "sparsities", "same_blocks_as"}),
             "sparsity": job.sparsity,
             "evaluation": [self.evaluation_hash, profile.window, profile.windows],
             "tasks": [self.task_hashes, profile.limit] if job.with_tasks else None,
@@ -238,7 +282,26 @@ class SuiteRun:
         }
         if job.spec is not None:
             inputs["calibration"] = [self.hashes[job.source], profile.rows, profile.length, job.seed]
+            inputs["blocks"] = None if job.spec.same_blocks_as is None else self._inputs(self._twin(job))
+        if self._is_exported(job):
+            inputs["saved"] = True
         return inputs
+
+    def _twin(self, job: _Job) -> _Job:
+        """The cell whose blocks a cell removes."""
+        assert job.spec is not None
+        (twin,) = (
+            other
+            for other in self._table_jobs()
+            if other.label == job.spec.same_blocks_as and other.sparsity == job.sparsity
+        )
+        return twin
+
+    def _is_exported(self, job: _Job) -> bool:
+        wanted = self.suite.exports
+        if wanted is None or not job.with_tasks:
+            return False
+        return job.spec is None or (job.label in wanted.labels and job.sparsity == wanted.sparsity)
 
     # --- All cells
 
@@ -248,10 +311,14 @@ class SuiteRun:
         todo = self._all_jobs()
         groups: dict[str, list[_Job]] = {}
         for job in todo:
-            # A greedy removal goes on from the rounds of a milder one, so the cells of a row take turns.
-            groups.setdefault(f"{job.label} {job.source} {job.seed} {job.with_tasks}", []).append(job)
+            # A greedy removal goes on from the rounds of a milder one, so the cells of a row take turns; and a row that
+            # removes the blocks of another comes after it.
+            row = job.label if job.spec is None else job.spec.same_blocks_as or job.label
+            groups.setdefault(f"{row} {job.source} {job.seed} {job.with_tasks}", []).append(job)
         # The rows that try every part again after each removal take longest: they start first.
-        order = sorted(groups.values(), key=lambda group: -self._passes(group[-1]))
+        for group in groups.values():
+            group.sort(key=lambda job: (job.spec is not None and job.spec.same_blocks_as is not None, job.sparsity))
+        order = sorted(groups.values(), key=lambda group: -max(self._passes(job) for job in group))
         stop = threading.Event()
         done = 0
         lock = threading.Lock()
@@ -276,7 +343,7 @@ class SuiteRun:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
                 raise
-        return self._table()
+        return self._table(progress)
 
     def _prepare(self) -> None:
         """The dense model as a folder, which loads faster than what it may come from."""
@@ -285,7 +352,7 @@ class SuiteRun:
             self.say(f"Loading {self.suite.model}")
             loaded = load(self.suite.model)
             with new_folder(path) as folder:
-                write_model(loaded.model, loaded.tokenizer, folder)
+                write_model(loaded.model, loaded.tokenizer, folder, loaded.processor)
                 origin = Model(loaded.origin.name, loaded.origin.licence, loaded.origin.quantised_from)
                 (folder / "origin.json").write_text(json.dumps(dataclasses.asdict(origin)), encoding="utf-8")
 
@@ -297,6 +364,15 @@ class SuiteRun:
             return 0.0
         config = method_config(job.spec.method, {**job.spec.set, "sparsity": job.sparsity})
         return METHODS[job.spec.method].outline(skeleton(str(self.dense_path)), self.profile.rows, config)
+
+    def _config(self, job: _Job) -> Any:
+        """The method's configuration for a cell."""
+        assert job.spec is not None
+        options = {**job.spec.set, "sparsity": job.sparsity}
+        if job.spec.same_blocks_as is not None:
+            twin = CELL.validate_python(self.work.result(*self._stage(self._twin(job)), _not_there))
+            options["blocks"] = twin.numbers["blocks_removed"]
+        return method_config(job.spec.method, options)
 
     def _in_a_process(self, job: _Job, stop: threading.Event) -> Cell:
         """Compute a cell in a process of its own, unless its result is there.
@@ -351,10 +427,11 @@ class SuiteRun:
         words += ["--profile", self.profile_name, "--device", self.device, "--jobs", str(self.jobs), "-o", "DIR"]
         return shlex.join(words)
 
-    def _table(self) -> Table:
+    def _table(self, progress: Progress) -> Table:
         cells = {
             job.name: CELL.validate_python(self.work.result(*self._stage(job), _not_there)) for job in self._all_jobs()
         }
+        cells = self._timed(cells, progress)
         dense, *table = (cells[job.name] for job in self._table_jobs())
         origin = json.loads((self.dense_path / "origin.json").read_text("utf-8"))
         return records.write(
@@ -413,12 +490,14 @@ class SuiteRun:
                 compressed = METHODS[job.spec.method].compress(
                     loaded.model,
                     rows,
-                    method_config(job.spec.method, {**job.spec.set, "sparsity": job.sparsity}),
+                    self._config(job),
                     Run(progress=progress, device=self.device, scratch=self.root / "scratch", consume=True),
                 )
                 seconds = time.perf_counter() - start + compressed.report.resumed_seconds
                 loaded = dataclasses.replace(loaded, model=compressed.model)
                 numbers = dict(compressed.report.numbers)
+        if self._is_exported(job) and job.spec is not None:
+            self._save(job, loaded)
         return Cell(
             label=job.label,
             method=job.spec.method if job.spec else None,
@@ -433,6 +512,62 @@ class SuiteRun:
             peak_rss_bytes=peak.bytes,
             numbers=numbers,
         )
+
+    def _save(self, job: _Job, loaded: Loaded) -> None:
+        """Keep the model of a cell that is exported."""
+        path = self._model_path(job)
+        shutil.rmtree(path, ignore_errors=True)
+        with new_folder(path) as folder:
+            write_model(loaded.model, loaded.tokenizer, folder)
+
+    def _model_path(self, job: _Job) -> Path:
+        return self.dense_path if job.spec is None else self.root / f"model-{job.name}-{digest(self._inputs(job))}"
+
+    # --- Exports, timed one after the other
+
+    def _timed(self, cells: dict[str, Cell], progress: Progress) -> dict[str, Cell]:
+        """The cells, with size and speed of their exports where those are asked for."""
+        wanted = self.suite.exports
+        if wanted is None:
+            return cells
+        jobs = {job.name: job for job in self._table_jobs() if self._is_exported(job)}
+        folders = {name: self._export(job, wanted, progress) for name, job in jobs.items()}
+        timed = dict(cells)
+        for name, job in jobs.items():
+            inputs = {"cell": self._inputs(job), "exports": wanted.model_dump(exclude={"labels"})}
+            speed = functools.partial(self._speed, folders["dense"], folders[name], wanted, progress)
+            found = self.work.result(f"speed-{name}", inputs, speed)
+            timed[name] = dataclasses.replace(cells[name], exported=EXPORTED.validate_python(found))
+        return timed
+
+    def _export(self, job: _Job, wanted: ExportsSpec, progress: Progress) -> Path:
+        options = ExportOptions(wanted.dtype)
+
+        def make(path: Path) -> None:
+            self.say(f"Exporting {job.name} to {wanted.dtype} ONNX")
+            loaded = load(str(self._model_path(job)), dtype=torch.float32)
+            tokens = self._evaluation_rows(loaded)[:1, :CHECK_TOKENS]
+            export(loaded, path, to="onnx", options=options, check_tokens=tokens, progress=progress)
+
+        inputs = {"cell": self._inputs(job), "dtype": wanted.dtype}
+        return self.work.folder(f"export-{job.name}", inputs, make)
+
+    def _speed(self, dense: Path, candidate: Path, wanted: ExportsSpec, progress: Progress) -> dict[str, Any]:
+        """Size and decode speed of an export beside the dense one's, taking turns."""
+        ours, theirs = open_side(str(dense)), open_side(str(candidate))
+        assert ours.session is not None
+        assert theirs.session is not None
+        pair = latency_pair(
+            ours.session,
+            theirs.session,
+            prompt_tokens=wanted.prompt_tokens,
+            decode_tokens=wanted.decode_tokens,
+            repeats=wanted.repeats,
+            progress=progress,
+        )
+        found = ExportedCell(wanted.dtype, theirs.size_bytes, pair.decode)
+        dumped: dict[str, Any] = EXPORTED.dump_python(found, mode="json")
+        return dumped
 
     def _draw(self, job: _Job, loaded: Loaded, progress: Progress) -> TokenRows:
         profile, source = self.profile, self._text(job.source)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from compress.errors import ConfigError
-from compress.methods import baselines, two_ssp
+from compress.methods import baselines, fusegpt, two_ssp
 from compress.result import CompressedModel
 from compress.schema import configured
 
@@ -33,6 +34,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "2ssp": Method(two_ssp.TwoSSPConfig, two_ssp.compress, two_ssp.outline, "2SSP, Sandri et al. 2025"),
+    "fusegpt": Method(fusegpt.FuseGPTConfig, fusegpt.compress, fusegpt.outline, "FuseGPT, Pei et al. 2024"),
     "shortgpt": Method(
         baselines.SimilarityConfig, baselines.shortgpt, baselines.similarity_outline, "ShortGPT, Men et al. 2024"
     ),
@@ -76,3 +78,12 @@ def method_config(name: str, options: Mapping[str, Any]) -> Any:
         ConfigError: an option is not known, is missing, or has a value that cannot be meant.
     """
     return configured(method_named(name).config, options, name)
+
+
+def takes_list(name: str) -> set[str]:
+    """Options of a method whose value is a list itself.
+
+    Raises:
+        ConfigError: the name is not known.
+    """
+    return {field.name for field in dataclasses.fields(method_named(name).config) if "tuple" in str(field.type)}

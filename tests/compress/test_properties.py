@@ -35,6 +35,21 @@ from tests.reference.two_ssp import Reference
 # Something goes from every tiny model, and blockpruner leaves whole blocks empty in some of them.
 OPTIONS: dict[str, dict[str, Any]] = {
     "2ssp": {"sparsity": 0.5, "alpha": 1.0},
+    "fusegpt": {
+        "sparsity": 0.3,
+        "window": 4,
+        "ranking": "loss",
+        "scoring_rows": 2,
+        "coefficient_rank": 3,
+        "lora_rank": 2,
+        "batch": 1,
+        "epochs": 1,
+        "coefficient_lr": 0.1,
+        "base_lr": 0.01,
+        "loss": "mse",
+        "rerank": 5,
+        "rerank_window": 2,
+    },
     "shortgpt": {"sparsity": 0.3},
     "window": {"sparsity": 0.3},
     "sleb": {"sparsity": 0.3},
@@ -53,6 +68,28 @@ CHANGES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
         "neuron_norm": ("l1", ["l3", "", None]),
         "divisor": (8, [0, -64, 1.5, "64"]),
     },
+    "fusegpt": {
+        "sparsity": (0.5, NO_SHARE),
+        "window": (2, [3, 0, -2, 6, "8", None]),
+        "ranking": ("macro_influence", ["mi", "", None, ["loss"]]),
+        "iterative": (False, [1, None, "no"]),
+        "blocks": ([1, 0], [[1], [1, 1], [1, 5], [1, -1], [1, 0.5], 2, "1,0"]),
+        "protect": ([-1], [[5], [-6], [3, 3], 3, "3", None]),
+        "scoring_rows": (1, [0, -1, 4, 1.5, "2", True]),
+        "coefficient_rank": (0, [-1, 1.5, "3", None, True]),
+        "lora_rank": (0, [-1, 1.5, "3", None, True]),
+        "batch": (3, [0, 2, 4, 1.5, "3", None]),
+        "epochs": (2, [0, -1, 1.5, "3", None]),
+        "coefficient_lr": (0.01, [0, -1, float("nan"), float("inf"), "high", None]),
+        "base_lr": (0.001, [0, -1, float("nan"), float("inf"), "high", None]),
+        "loss": ("cosine", ["batch_kl", "kl", "", None]),  # the first needs two rows in a batch
+        "precision": ("bf16", ["fp16", "", None]),
+        "held_out": (1, [3, -1, 0.5, "1", None]),
+        "rerank": (0, [-1, 1.5, "3", None]),
+        "rerank_window": (4, [3, 0, 6, "4", None]),
+        "rerank_epochs": (4, [0, -1, 1.5, "3", None]),
+        "seed": (1, [-1, 1.5, "0", None]),
+    },
     "shortgpt": {"sparsity": (0.5, NO_SHARE), "tokens": ("all", ["first", 1])},
     "window": {"sparsity": (0.5, NO_SHARE), "tokens": ("all", ["first", 1])},
     "sleb": {"sparsity": (0.5, NO_SHARE), "rows": (2, [0, -1, 1.5, "2", None, True])},
@@ -65,7 +102,8 @@ CHANGES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
         "seed": (1, [-1, 1.5, "0", None]),
     },
 }
-BY_BLOCK = ["shortgpt", "window", "sleb"]
+NO_LEARNING: dict[str, dict[str, Any]] = {"fusegpt": {"coefficient_rank": 0, "lora_rank": 0}}
+BY_BLOCK = ["fusegpt", "shortgpt", "window", "sleb"]
 BY_NEURON = ["magnitude", "wanda"]
 GREEDY = ["2ssp", "sleb", "blockpruner"]
 # Attentions that go, and FFNs that go; a block in both lists goes whole. -1 stands for all of them.
@@ -215,7 +253,7 @@ def zero_ffn(masked: Reference, b: int) -> None:
 def test_what_a_method_cuts_is_as_if_it_were_zero(method: str, architecture: str) -> None:
     model = tiny(architecture).double()
     masked = Reference(model)
-    result = run(method, model)
+    result = run(method, model, **NO_LEARNING.get(method, {}))
     left = shapes_left(model, result.report.numbers)
     for b, now in zip(left, Decoder(result.model), strict=True):
         if now.has_ffn:
@@ -506,7 +544,8 @@ def test_the_report_agrees_with_a_recount_of_the_weights(method: str, architectu
 
 
 def test_blocks_that_stay_whole_keep_their_weights(method: str, architecture: str) -> None:
-    dense, result = tiny(architecture), compressed(method, architecture)
+    dense = tiny(architecture)
+    result = run(method, dense, **NO_LEARNING[method]) if method in NO_LEARNING else compressed(method, architecture)
     before, given = Decoder(dense).blocks, shapes_of(dense)
     for (b, shape), now in zip(shapes_left(dense, result.report.numbers).items(), Decoder(result.model), strict=True):
         if shape == given[b]:
@@ -625,14 +664,18 @@ def test_a_divisor_makes_every_width_a_multiple_and_the_report_says_what_was_rea
 
 
 def blocks_run(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Gets one entry for each block that runs to its end and has something in it; `monkeypatch.undo` ends it."""
+    """Gets one entry for each row for which a block runs to its end and has something in it, and three where it learns.
+
+    `monkeypatch.undo` ends it.
+    """
     ran: list[int] = []
     block = type(Decoder(model).blocks[0].module)
     forward = block.forward
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = forward(self, *args, **kwargs)
-        ran.extend([1] * any(True for _ in self.parameters()))
+        passes = len(args[0]) * (3 if output.requires_grad else 1)
+        ran.extend([1] * passes * any(True for _ in self.parameters()))
         return output
 
     monkeypatch.setattr(block, "forward", counted)
@@ -739,11 +782,15 @@ def test_every_option_changes_the_result(method: str, name: str) -> None:
     value = CHANGES[method][name][0]
     # Over the architectures, because a small change of one option may leave one model's choice as it was.
     changed = [
-        fingerprint(run(method, tiny(model_type), **{name: value}).model)
-        != fingerprint(compressed(method, model_type).model)
+        outcome(run(method, tiny(model_type), **{name: value})) != outcome(compressed(method, model_type))
         for model_type in ARCHITECTURES
     ]
     assert any(changed)
+
+
+def outcome(result: CompressedModel) -> tuple[str, Any]:
+    """The model, and what trials said of its blocks where trials decided."""
+    return fingerprint(result.model), result.report.numbers.get("trials")
 
 
 @pytest.mark.parametrize(
@@ -781,6 +828,7 @@ MILD: dict[str, dict[str, Any]] = {
     "2ssp": {"sparsity": 0.4, "alpha": 0.7},
     "shortgpt": {"sparsity": 0.2},
     "sleb": {"sparsity": 0.2},
+    "fusegpt": {"sparsity": 0.2, "window": 2},
     "blockpruner": {"sparsity": 0.3},
 }
 # What is asked of a model that something has gone from: FFNs are small or gone by then, attentions fewer.
@@ -801,6 +849,8 @@ SECOND: dict[str, dict[str, Any]] = {
         ("blockpruner", "2ssp"),
         ("2ssp", "blockpruner"),
         ("blockpruner", "sleb"),
+        ("2ssp", "fusegpt"),
+        ("fusegpt", "fusegpt"),
         ("blockpruner", "blockpruner"),
         ("blockpruner", "wanda"),
         ("blockpruner", "random"),

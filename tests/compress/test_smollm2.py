@@ -1,4 +1,4 @@
-"""2SSP and its peer on a real model: SmolLM2-135M-Instruct."""
+"""Methods and their peers on a real model: SmolLM2-135M-Instruct."""
 
 from __future__ import annotations
 
@@ -44,6 +44,20 @@ def test_a_quarter_takes_two_attentions_and_keeps_1058_neurons_and_beats_shortgp
     assert numbers["sparsity_of_blocks"] == pytest.approx(0.25, abs=2e-4)
     peer = compressed(dense, "shortgpt", rows, sparsity=0.25)
     ours, theirs = (perplexity(logits_of(made.model), text).value for made in (pruned, peer))
+    assert perplexity(logits_of(dense.model), text).value < ours < theirs
+
+
+def test_a_fused_block_is_missed_less_than_a_deleted_one(dense: Loaded) -> None:
+    rows = draw("builtin", dense.tokenizer, rows=18, length=128)
+    text = windows("builtin", dense.tokenizer, length=256, count=8).tokens
+    options = {"sparsity": 0.03, "blocks": [14], "window": 4, "batch": 4, "epochs": 3, "held_out": 2}
+    rates = {"coefficient_rank": 16, "lora_rank": 16, "coefficient_lr": 0.01, "base_lr": 0.001}
+    fused = compressed(dense, "fusegpt", rows, **options, **rates)
+    deleted = compressed(dense, "fusegpt", rows, **options, coefficient_rank=0, lora_rank=0)
+    (tuning,) = fused.report.numbers["tuning"]
+    assert tuning["loss_last"] < tuning["loss_first"]
+    assert tuning["held_out_after"] < tuning["held_out_before"]
+    ours, theirs = (perplexity(logits_of(made.model), text).value for made in (fused, deleted))
     assert perplexity(logits_of(dense.model), text).value < ours < theirs
 
 

@@ -17,7 +17,7 @@ import yaml
 from benchmarks import table as tables
 from benchmarks.table import Table
 from compress import artifact
-from compress.errors import ConfigError
+from compress.errors import ConfigError, FoldawayError
 from compress.result import no_progress
 from deploy.cli import main
 from deploy.comparison import child_environment
@@ -158,6 +158,10 @@ def test_a_suite_computes_its_cells_in_processes_of_their_own(
         ({"calibrations": {"label": "y", "sparsity": 0.5, "draws": [{"source": "builtin"}]}}, "'y'"),
         ({"profiles": {"gpu": SUITE["profiles"]["cpu"]}}, "no profile 'cpu'"),
         ({"speed": 1}, "speed"),
+        ({"exports": {"sparsity": 0.3, "labels": ["SLEB"]}}, "no method 'SLEB' at sparsity 0.3"),
+        ({"exports": {"sparsity": 0.25, "labels": ["SLIB"]}}, "'SLIB'"),
+        ({"methods": [{"label": "x", "method": "fusegpt", "same_blocks_as": "y"}]}, "'y'"),
+        ({"methods": [*SUITE["methods"], {"label": "x", "method": "2ssp", "same_blocks_as": "SLEB"}]}, "blocks"),
     ],
 )
 def test_a_suite_that_cannot_be_meant_is_refused(
@@ -216,7 +220,41 @@ def test_a_cell_that_is_not_there_is_refused(data: Path, tmp_path: Path) -> None
         suite(data, tmp_path / "run").compute("sleb-0.9", no_progress)
 
 
-def test_the_suite_of_the_project_can_be_read(tmp_path: Path) -> None:
-    file = Path(__file__).parents[2] / "benchmarks" / "suites" / "quality.yaml"
+FUSED = {"window": 4, "batch": 2, "epochs": 1, "coefficient_rank": 2, "lora_rank": 2}
+
+
+def test_a_row_can_remove_the_blocks_of_another_and_a_cell_be_exported_and_timed(data: Path, tmp_path: Path) -> None:
+    methods = [
+        {"label": "deleted", "method": "fusegpt", "set": {"coefficient_rank": 0, "lora_rank": 0}},
+        {"label": "fused", "method": "fusegpt", "set": {**FUSED, "ranking": "loss"}},
+    ]
+    methods[0]["same_blocks_as"] = "fused"
+    exports = {"sparsity": 0.4, "labels": ["fused"], "prompt_tokens": 4, "decode_tokens": 3, "repeats": 5}
+    changes = {"sparsities": [0.2, 0.4], "methods": methods, "calibrations": None, "exports": exports}
+    run = suite(data, tmp_path / "run", **changes)
+    with pytest.raises(FoldawayError):  # its blocks are not known yet
+        run.compute("deleted-0.4", no_progress)
+    for name in ("dense", "fused-0.2", "fused-0.4", "deleted-0.2", "deleted-0.4"):
+        run.compute(name, no_progress)
+    table = run.run(no_progress)
+    cells = {(cell.label, cell.sparsity): cell for cell in table.cells}
+    for sparsity in (0.2, 0.4):
+        fused, deleted = cells["fused", sparsity], cells["deleted", sparsity]
+        assert deleted.numbers["blocks_removed"] == fused.numbers["blocks_removed"]
+        assert deleted.perplexity != fused.perplexity
+    exported = cells["fused", 0.4].exported
+    assert exported is not None
+    assert table.dense.exported is not None
+    assert exported.size_bytes < table.dense.exported.size_bytes
+    assert len(exported.decode.candidate) == 5
+    assert cells["fused", 0.2].exported is None
+    rows = tables.export_grid(table).rows
+    assert [row[0] for row in rows] == ["dense, int4", "fused, int4, 40.0%"]
+    assert suite(data, tmp_path / "run", **changes).run(no_progress).cells == table.cells
+
+
+@pytest.mark.parametrize("name", ["quality", "fusegpt"])
+def test_the_suites_of_the_project_can_be_read(tmp_path: Path, name: str) -> None:
+    file = Path(__file__).parents[2] / "benchmarks" / "suites" / f"{name}.yaml"
     with pytest.raises(ConfigError, match="--data DIR"):
         SuiteRun(file, tmp_path / "run", data=None, profile="cpu", device="cpu", jobs=1, say=lambda text: None)
