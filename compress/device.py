@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from compress.errors import ConfigError
 
@@ -26,6 +29,56 @@ def device_named(name: str) -> torch.device:
     if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
         raise ConfigError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; give cpu")
     return device
+
+
+AUTO = "auto"
+"""As a device: all GPUs that there are, each with as many blocks as fit, or the CPU where there is none."""
+
+
+def put(model: PreTrainedModel, device: str) -> str:
+    """Move a model to where it computes.
+
+    Args:
+        model: on the CPU, or where an earlier call put it.
+        device: the name of a device, or `AUTO`.
+
+    Returns:
+        The device that its inputs go to.
+
+    Raises:
+        ConfigError: it does not fit on the GPUs together.
+    """
+    if device != AUTO:
+        model.to(device)  # type: ignore[arg-type]
+        return device
+    take_back(model)
+    return _spread(model, {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())})
+
+
+def _spread(model: PreTrainedModel, free: Mapping[int | str, int]) -> str:
+    """Give each device blocks up to its free bytes, less a tenth for activations."""
+    import accelerate
+
+    shares = {device: int(0.9 * amount) for device, amount in free.items()}
+    places = {"": "cpu"}
+    if shares:
+        places = accelerate.infer_auto_device_map(
+            model, max_memory=shares, no_split_module_classes=model._no_split_modules
+        )
+    if shares and {"cpu", "disk"} & {str(place) for place in places.values()} - {str(device) for device in shares}:
+        raise ConfigError(
+            f"the model does not fit on {len(shares)} GPUs with {sum(free.values()):,} free bytes: give --device cpu"
+        )
+    accelerate.dispatch_model(model, places, force_hooks=True)
+    return str(model.device)
+
+
+def take_back(model: PreTrainedModel) -> None:
+    """Move a model back to the CPU, wherever its parts are."""
+    from accelerate.hooks import remove_hook_from_submodules
+
+    remove_hook_from_submodules(model)
+    model.to("cpu")  # type: ignore[arg-type]
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:

@@ -60,11 +60,28 @@ def starting_at(decoder: Decoder, index: int, hidden_states: Tensor) -> Iterator
     replaced = [blocks[i] for i in range(index)]
     for i in range(index):
         blocks[i] = _Given(hidden_states)
+    hook = None
+    if index == 0:  # there is no block to stand in for: what the embeddings say is put aside
+        hook = blocks[0].register_forward_pre_hook(lambda module, args: (hidden_states, *args[1:]))
     try:
         yield
     finally:
+        if hook is not None:
+            hook.remove()
         for i, module in enumerate(replaced):
             blocks[i] = module
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch everything that only happens in training off, dropout above all."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class BlockForwards:

@@ -95,8 +95,9 @@ class Grafts:
                 graft.add_lora(ranks.lora, matrix.device, generator)
             if twin is not None:
                 graft.add_donor(twin, key, ranks.coefficients, matrix.device, generator)
-                if getattr(module, "bias", None) is not None:
-                    self._vector(block, made, f"{path}.bias").add_donor(donor[f"{path}.bias"], key)
+                bias = donor.get(f"{path}.bias")
+                if bias is not None and getattr(module, "bias", None) is not None:
+                    self._vector(block, made, f"{path}.bias").add_donor(bias, key)
         if ranks.lora:
             for name, _ in block.module.named_parameters():
                 if name not in paths:
@@ -169,7 +170,10 @@ class Grafts:
         """The graft of a bias or a norm parameter, made if it is not there."""
         if name not in made:
             value = block.module.get_parameter(name)
-            made[name] = GraftedVector(value, dtype=self._learning(value), learns=self.ranks.lora > 0)
+            learns = self.ranks.lora > 0
+            # One that does not learn itself is not rounded either.
+            dtype = self._learning(value) if learns else torch.promote_types(value.dtype, torch.float32)
+            made[name] = GraftedVector(value, dtype=dtype, learns=learns)
         found = made[name]
         assert isinstance(found, GraftedVector)
         return found

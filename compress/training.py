@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.errors import FoldawayError
 from compress.result import Progress
 
 
@@ -48,11 +49,15 @@ def optimise(
 
     Returns:
         The mean loss of each epoch.
+
+    Raises:
+        FoldawayError: the loss is not a finite number any more.
     """
     steps = epochs * (rows // batch)
     parameters: list[dict[str, Any]] = [
         {"params": list(g.parameters), "lr": g.learning_rate} for g in groups if g.parameters
     ]
+    learning = [parameter for group in parameters for parameter in group["params"]]
     optimiser = torch.optim.Adam(parameters, betas=betas, eps=1e-8)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     means, done = [], 0
@@ -60,12 +65,15 @@ def optimise(
         total = 0.0
         for places in torch.split(torch.randperm(rows, generator=generator), batch):
             optimiser.zero_grad(set_to_none=True)
-            value = loss(places)
-            value.backward()  # type: ignore[no-untyped-call]
+            with torch.enable_grad():
+                value = loss(places)
+            value.backward(inputs=learning)  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
             total += value.item()
             done += 1
+            if not math.isfinite(total):
+                raise FoldawayError(f"{what}: the loss is no finite number any more; lower the learning rates")
             progress(what, done, steps)
         means.append(total / (rows // batch))
     return means

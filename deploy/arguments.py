@@ -49,8 +49,10 @@ def output_folder(arguments: argparse.Namespace) -> Path:
     return Path(arguments.output)
 
 
-def add_device(parser: Any) -> None:
-    parser.add_argument("--device", default="cpu", help="where PyTorch computes: cpu, cuda or cuda:N (default cpu)")
+def add_device(parser: Any, more: str = "") -> None:
+    parser.add_argument(
+        "--device", default="cpu", help=f"where PyTorch computes: cpu, cuda or cuda:N{more} (default cpu)"
+    )
 
 
 def add_dry_run(parser: Any, what: str) -> None:

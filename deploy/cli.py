@@ -179,12 +179,19 @@ def _add_compress(commands: Any) -> None:
     parser.add_argument(
         "--seed", type=int, metavar="N", help="of shuffling or sampling the calibration text (default 0)"
     )
-    add_device(parser)
+    add_device(parser, "; or auto: blocks are spread over all GPUs that there are")
+    parser.add_argument(
+        "--spill",
+        type=int,
+        metavar="BYTES",
+        help="keep sets of hidden states or weights that are larger in files, not in memory (default 2000000000)",
+    )
     add_dry_run(parser, "say what would come out and what it would cost; write nothing")
     add_output(parser, "the artifact's folder; must not exist yet, or be empty")
 
 
 def _compress(arguments: argparse.Namespace) -> int:
+    from compress.device import AUTO
     from compress.files import check_free
     from compress.sources import load
     from deploy.steps import compress_model
@@ -192,7 +199,10 @@ def _compress(arguments: argparse.Namespace) -> int:
     model, steps, calibration = _what_to_compress(arguments)
     if arguments.dry_run:
         return _predict(model, steps, calibration)
-    out, device = output_folder(arguments), checked_device(arguments.device)
+    device = arguments.device if arguments.device == AUTO else checked_device(arguments.device)
+    if arguments.spill is not None and arguments.spill < 0:
+        raise ConfigError(f"--spill {arguments.spill}: give 0 bytes or more")
+    out = output_folder(arguments)
     check_free(out)
     scratch = out.absolute().with_name(f".{out.name}.scratch")
     with open_terminal() as terminal:
@@ -207,6 +217,7 @@ def _compress(arguments: argparse.Namespace) -> int:
             progress=terminal.progress,
             consume=True,
             scratch=scratch,
+            spill_bytes=arguments.spill,
         )
         shutil.rmtree(scratch, ignore_errors=True)  # after an interruption it stays, for the next call
         numbers = manifest.steps[-1].numbers

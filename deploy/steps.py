@@ -12,6 +12,7 @@ from compress import artifact
 from compress.arch import composite_of
 from compress.artifact import Step
 from compress.calibration import TokenRows, draw, windows
+from compress.device import put, take_back
 from compress.errors import ConfigError
 from compress.methods import METHODS, method_config
 from compress.result import Progress, Run
@@ -30,6 +31,7 @@ def compress_model(
     progress: Progress,
     consume: bool,
     scratch: Path | None = None,
+    spill_bytes: int | None = None,
 ) -> artifact.Manifest:
     """Apply methods to a model, one after the other, and save the artifact.
 
@@ -38,10 +40,11 @@ def compress_model(
         steps: method names and options.
         calibration: where the rows of every step come from.
         path: the artifact's folder.
-        device: where the forward passes run.
+        device: where the forward passes run, "auto" included.
         progress: told of each step.
         consume: the model given is not needed any more.
         scratch: where an interrupted call leaves what the next one goes on from.
+        spill_bytes: sets of hidden states that are larger lie in files; None: as `Run` has it.
 
     Raises:
         UnsupportedArchitecture: a vision-language model whose blocks a method would make differ.
@@ -52,7 +55,7 @@ def compress_model(
     model = loaded.model
     for place, (method, options) in enumerate(steps):
         config = method_config(method, options)
-        model.to(device)  # type: ignore[arg-type]
+        inputs_go_to = put(model, device)
         rows = draw(
             calibration.source,
             loaded.tokenizer,
@@ -62,7 +65,8 @@ def compress_model(
             model=model,
             progress=progress,
         )
-        run = Run(progress=progress, device=device, scratch=scratch, consume=consume or place > 0)
+        spill = {} if spill_bytes is None else {"spill_bytes": spill_bytes}
+        run = Run(progress, inputs_go_to, scratch, consume=consume or place > 0, **spill)
         compressed = METHODS[method].compress(model, rows, config, run)
         model, report = compressed.model, compressed.report
         taken.append(
@@ -73,7 +77,7 @@ def compress_model(
                 numbers=dict(report.numbers),
             )
         )
-    model.to("cpu")  # type: ignore[arg-type]
+    take_back(model)
     return artifact.save(
         model, loaded.tokenizer, path, origin=origin, steps=taken, parent=parent, processor=loaded.processor
     )

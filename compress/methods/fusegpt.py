@@ -41,8 +41,10 @@ from compress.calibration import TokenRows
 from compress.decoder import Decoder
 from compress.errors import BudgetError, ConfigError
 from compress.files import new_file
+from compress.gating import evaluating
 from compress.grafting import Grafts, Made, Ranks, base, coefficients
 from compress.influence import RANKINGS, cosines, parts
+from compress.layout import layout_of
 from compress.losses import LOSSES, wide
 from compress.ranking import lowest_indices
 from compress.result import CompressedModel, Report, Run
@@ -122,6 +124,8 @@ class FuseGPTConfig:
             value = getattr(self, name)
             if not (name == "scoring_rows" and value is None) and (type(value) is not int or value < low):
                 raise ConfigError(f"{name}={value!r} is not a whole number from {low} up")
+        if self.seed >= 2**32:
+            raise ConfigError(f"seed={self.seed} is too large: give one below {2**32}")
         for name in ("coefficient_rank", "lora_rank", "held_out", "rerank"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a whole number from 0 up")
@@ -184,8 +188,9 @@ def compress(
     dense = budget.count(model)
     plan = plan_for(model, len(calibration.tokens), config)
     pruned = model if run.consume else clone(model)
-    fusion = _Fusion(pruned, calibration, config, plan, run)
-    state = fusion.remove()
+    with evaluating(pruned):
+        fusion = _Fusion(pruned, calibration, config, plan, run)
+        state = fusion.remove()
     numbers = {**state.numbers(), **budget.change(dense, budget.count(pruned), config.sparsity)}
     return CompressedModel(pruned, Report("fusegpt", dataclasses.asdict(config), numbers, fusion.resumed_seconds))
 
@@ -228,7 +233,11 @@ def plan_for(model: PreTrainedModel, rows: int, config: FuseGPTConfig) -> Plan:
             )
         if kept := protected.intersection(config.blocks):
             raise ConfigError(f"block {min(kept)} is among those to remove and among those to protect")
-    if blocks - len(protected) < goes:
+    attending = set(layout_of(model).attention_blocks)
+    if not attending - set(config.blocks or ()):
+        raise BudgetError("no block that attends would be left: leave one of those out")
+    # One that attends stays, and where few do it may be one that is not protected.
+    if blocks - len(protected | (attending if len(attending) == 1 else set())) < goes:
         raise BudgetError(
             f"sparsity {config.sparsity} removes {goes} of {blocks} blocks, and {len(protected)} are protected: "
             "protect fewer, or lower the sparsity"
@@ -404,7 +413,9 @@ class _Fusion:
         else:
             scores = [state.scores[0][block] for block in state.left]
         order = lowest_indices([math.inf if math.isnan(s) else s for s in scores], len(scores))
-        allowed = [place for place in order if state.left[place] not in self.plan.protected]
+        attending = [block.index for block in self.decoder if block.attention is not None]
+        last = set(attending) if len(attending) == 1 else set()  # a model needs one that attends
+        allowed = [place for place in order if place not in last and state.left[place] not in self.plan.protected]
         return self._try(allowed[: config.rerank]) if config.rerank else allowed[0]
 
     def _fuse(self, place: int) -> None:
@@ -414,7 +425,7 @@ class _Fusion:
         if config.tunes:
             found, missing = self._learn(self.decoder, self.grafts, place, window, config.epochs, "fusegpt: tuning")
             state.tuning.append(found)
-            state.not_grafted += missing
+            state.not_grafted += [name for name in missing if name not in state.not_grafted]
             state.block_forwards += int(_tuning_forwards(window.stop, len(window), config.epochs, self.plan, config))
         else:
             drop_blocks(self.model, [place])
@@ -460,16 +471,18 @@ class _Fusion:
                 return through(decoder, inputs, hidden, window.start, window.stop - 1, values)
 
         def loss(rows: Tensor) -> Tensor:
-            return LOSSES[config.loss](student(rows), leaving[rows].to(device))
+            ours = student(rows)
+            return LOSSES[config.loss](ours, leaving[rows].to(ours.device))
 
         learning = [graft for of in here.values() for graft in of.values()]
         groups = [
             Group([p for graft in learning for p in coefficients(graft)], config.coefficient_lr),
             Group([p for graft in learning for p in base(graft)], config.base_lr),
         ]
-        before, losses = self._held_out_error(student, leaving), [math.nan]
+        losses: list[float | None] = [None]
+        before = self._held_out_error(student, leaving)
         if any(group.parameters for group in groups):
-            losses = optimise(
+            losses[:] = optimise(
                 groups,
                 loss,
                 rows=self.plan.tuned,
@@ -517,7 +530,8 @@ class _Fusion:
             return None
         error, norm = 0.0, 0.0
         for part in parts(len(leaving), leaving.shape[1], first=self.plan.tuned):
-            ours, theirs = wide(student(part)), wide(leaving[part].to(self.run.device))
+            ours = wide(student(part))
+            theirs = wide(leaving[part].to(ours.device))
             error += (ours - theirs).double().square().sum().item()
             norm += theirs.double().square().sum().item()
         return error / norm

@@ -51,7 +51,7 @@ def test_a_fused_block_is_missed_less_than_a_deleted_one(dense: Loaded) -> None:
     rows = draw("builtin", dense.tokenizer, rows=18, length=128)
     text = windows("builtin", dense.tokenizer, length=256, count=8).tokens
     options = {"sparsity": 0.03, "blocks": [14], "window": 4, "batch": 4, "epochs": 3, "held_out": 2}
-    rates = {"coefficient_rank": 16, "lora_rank": 16, "coefficient_lr": 0.01, "base_lr": 0.001}
+    rates = {"coefficient_rank": 16, "lora_rank": 16, "coefficient_lr": 0.01, "base_lr": 0.001, "loss": "mse"}
     fused = compressed(dense, "fusegpt", rows, **options, **rates)
     deleted = compressed(dense, "fusegpt", rows, **options, coefficient_rank=0, lora_rank=0)
     (tuning,) = fused.report.numbers["tuning"]
