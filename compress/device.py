@@ -78,6 +78,7 @@ def take_back(model: PreTrainedModel) -> None:
     from accelerate.hooks import remove_hook_from_submodules
 
     remove_hook_from_submodules(model)
+    vars(model).pop("hf_device_map", None)
     model.to("cpu")  # type: ignore[arg-type]
 
 
