@@ -116,7 +116,9 @@ class Grafts:
         """
         for name, graft in self.of(number).items():
             path, _, leaf = name.rpartition(".")
-            setattr(submodule(block.module, path), leaf, nn.Parameter(graft().contiguous(), requires_grad=False))
+            old = block.module.get_parameter(name)
+            new = nn.Parameter(graft().contiguous(), requires_grad=old.requires_grad)
+            setattr(submodule(block.module, path), leaf, new)
 
     def tensors(self) -> tuple[dict[str, Tensor], Made]:
         """All that learnt and all donors, by name, and how to build it again."""

@@ -197,11 +197,11 @@ def _compress(arguments: argparse.Namespace) -> int:
     from deploy.steps import compress_model
 
     model, steps, calibration = _what_to_compress(arguments)
-    if arguments.dry_run:
-        return _predict(model, steps, calibration)
-    device = arguments.device if arguments.device == AUTO else checked_device(arguments.device)
     if arguments.spill is not None and arguments.spill < 0:
         raise ConfigError(f"--spill {arguments.spill}: give 0 bytes or more")
+    if arguments.dry_run:
+        return _predict(model, steps, calibration, arguments.spill)
+    device = arguments.device if arguments.device == AUTO else checked_device(arguments.device)
     out = output_folder(arguments)
     check_free(out)
     scratch = out.absolute().with_name(f".{out.name}.scratch")
@@ -264,13 +264,16 @@ def _calibration_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _predict(model: str, steps: list[tuple[str, dict[str, Any]]], calibration: Any) -> int:
+def _predict(
+    model: str, steps: list[tuple[str, dict[str, Any]]], calibration: Any, spill_bytes: int | None = None
+) -> int:
     import dataclasses
 
     from deploy.predict import predict
 
     with open_terminal() as terminal:
-        found = predict(model, steps, calibration)
+        spill = {} if spill_bytes is None else {"spill_bytes": spill_bytes}
+        found = predict(model, steps, calibration, **spill)
         terminal.say(
             f"{model} would become a {found.layout} model of {found.parameters:,} parameters, "
             f"{found.bytes / 1e6:,.0f} MB. That would take about {found.memory_bytes / 1e9:.1f} GB of memory "

@@ -14,6 +14,7 @@ from compress import budget
 from compress.decoder import Decoder
 from compress.layout import layout_of
 from compress.methods import METHODS, method_config
+from compress.result import Run
 from compress.sources import skeleton
 from deploy.recipe import CalibrationSpec
 from exporters import exporter_named
@@ -43,13 +44,19 @@ class Prediction:
     layout: str
 
 
-def predict(model: str, steps: Sequence[tuple[str, dict[str, Any]]], calibration: CalibrationSpec) -> Prediction:
+def predict(
+    model: str,
+    steps: Sequence[tuple[str, dict[str, Any]]],
+    calibration: CalibrationSpec,
+    spill_bytes: int = Run.spill_bytes,
+) -> Prediction:
     """Predict the outcome of methods applied one after the other.
 
     Args:
         model: as for ``compress.sources.load``; its weights are not read.
         steps: method names and options.
         calibration: of every step.
+        spill_bytes: sets of hidden states or weights that are larger lie in files.
 
     Raises:
         BudgetError: a target cannot be reached.
@@ -59,9 +66,13 @@ def predict(model: str, steps: Sequence[tuple[str, dict[str, Any]]], calibration
     item_size = shape.dtype.itemsize
     memory = _memory(shape, calibration.length)
     operations = 0.0
-    for method, options in steps:
+    for name, options in steps:
+        method, config = METHODS[name], method_config(name, options)
         pass_operations = 2.0 * budget.count(shape).total * calibration.length
-        operations += METHODS[method].outline(shape, calibration.rows, method_config(method, options)) * pass_operations
+        if method.memory is not None:
+            more = method.memory(shape, calibration.rows, calibration.length, config, spill_bytes)
+            memory = max(memory, _memory(shape, calibration.length) + more)
+        operations += method.outline(shape, calibration.rows, config) * pass_operations
     parameters = budget.count(shape).total
     minutes = operations / _operations_per_second(shape.dtype) / 60
     return Prediction(parameters, parameters * item_size, memory, minutes, layout_of(shape).kind)

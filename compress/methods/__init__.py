@@ -24,17 +24,22 @@ class Method:
             that ``compress`` would give it, choosing nothing; and say how many forward passes of one row
             ``compress`` would take with so many calibration rows.
         paper: citation.
+        memory: ``memory(model, rows, length, config, spill_bytes) -> bytes`` that ``compress`` holds beside the model
+            and one pass, for methods that hold more than that.
     """
 
     config: type[Any]
     compress: Callable[..., CompressedModel]
     outline: Callable[..., float]
     paper: str
+    memory: Callable[..., int] | None = None
 
 
 METHODS: dict[str, Method] = {
     "2ssp": Method(two_ssp.TwoSSPConfig, two_ssp.compress, two_ssp.outline, "2SSP, Sandri et al. 2025"),
-    "fusegpt": Method(fusegpt.FuseGPTConfig, fusegpt.compress, fusegpt.outline, "FuseGPT, Pei et al. 2024"),
+    "fusegpt": Method(
+        fusegpt.FuseGPTConfig, fusegpt.compress, fusegpt.outline, "FuseGPT, Pei et al. 2024", fusegpt.memory
+    ),
     "shortgpt": Method(
         baselines.SimilarityConfig, baselines.shortgpt, baselines.similarity_outline, "ShortGPT, Men et al. 2024"
     ),

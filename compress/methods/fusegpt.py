@@ -38,11 +38,11 @@ from transformers import PreTrainedModel
 from compress import budget
 from compress.activations import block_states, inputs_seen, through
 from compress.calibration import TokenRows
-from compress.decoder import Decoder
+from compress.decoder import Decoder, Projection
 from compress.errors import BudgetError, ConfigError
 from compress.files import new_file
 from compress.gating import evaluating
-from compress.grafting import Grafts, Made, Ranks, base, coefficients
+from compress.grafting import Grafts, Made, Ranks, base, coefficients, linears
 from compress.influence import RANKINGS, cosines, parts
 from compress.layout import layout_of
 from compress.losses import LOSSES, wide
@@ -187,6 +187,8 @@ def compress(
     run = run or Run()
     dense = budget.count(model)
     plan = plan_for(model, len(calibration.tokens), config)
+    if config.ranking == "loss" and config.blocks is None and calibration.recorded is not None:
+        raise ConfigError("ranking=loss predicts tokens, and some of these rows' are images: take another ranking")
     pruned = model if run.consume else clone(model)
     with evaluating(pruned):
         fusion = _Fusion(pruned, calibration, config, plan, run)
@@ -284,6 +286,22 @@ def outline(model: PreTrainedModel, rows: int, config: FuseGPTConfig) -> float:
             forwards += plan.scored * left + config.rerank * (trial + plan.scored * (left - 1))
     drop_blocks(model, range(1, 1 + plan.goes))
     return forwards / blocks
+
+
+def memory(model: PreTrainedModel, rows: int, length: int, config: FuseGPTConfig, spill_bytes: int) -> int:
+    """About how many bytes `compress` holds at its peak beside the model; ``model`` may be on the meta device."""
+    if not config.tunes:
+        return 0
+    decoder, item = Decoder(model), model.dtype.itemsize
+    shapes = [tuple(Projection(module).matrix.shape) for _, module in linears(decoder.blocks[-1].module)]
+    matrices, features = sum(math.prod(shape) for shape in shapes), sum(sum(shape) for shape in shapes)
+    survivors = min(config.window, len(decoder)) - 1
+    ranks = config.lora_rank + config.coefficient_rank * min(plan_for(model, rows, config).goes, survivors)
+    learning = 4 * features * ranks * survivors * (2 if config.precision == "bf16" else 4)
+    graph = survivors * item * (matrices + 2 * config.batch * length * features)
+    originals = min(len(decoder) * matrices * item, spill_bytes)
+    states = min(2 * rows * length * int(decoder.config.hidden_size) * item, spill_bytes)
+    return learning + graph + originals + states
 
 
 def _ranking_forwards(blocks: int, gone: int, plan: Plan, config: FuseGPTConfig) -> int:

@@ -706,6 +706,13 @@ def test_a_method_that_would_not_see_the_images_refuses_them(method: str) -> Non
         run(method, model, rows, sparsity=0.3)
 
 
+def test_a_ranking_by_loss_refuses_rows_with_images() -> None:
+    model = tiny("llava")
+    rows = record(model, [pictures("llava", rows=4)])
+    with pytest.raises(ConfigError, match="another ranking"):
+        run("fusegpt", model, rows, **{**BY_BLOCK["fusegpt"], "ranking": "loss"})
+
+
 def test_the_tiny_composites_are_what_these_tests_take_them_for(name: str) -> None:
     model, inputs = tiny(name), pictures(name)
     other = {**inputs, "pixel_values": torch.randn_like(inputs["pixel_values"])}
