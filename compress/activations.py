@@ -114,7 +114,8 @@ def _similarity(
         states = block_states(decoder, rows.batch(slice(row, row + 1), run.device))
         chosen = [state[0, -1:] if last_token_only else state[0] for state in states]
         for place, (before, after) in enumerate(pairs):
-            cosine = nn.functional.cosine_similarity(chosen[before].float(), chosen[after].float(), dim=-1)
+            ours, theirs = chosen[before].float(), chosen[after].float()  # on two devices where the model is spread
+            cosine = nn.functional.cosine_similarity(ours.to(theirs.device), theirs, dim=-1)
             sums[place] += cosine.double().mean().item()
         run.progress(what, row + 1, count)
     return [total / count for total in sums]

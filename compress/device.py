@@ -32,7 +32,7 @@ def device_named(name: str) -> torch.device:
 
 
 AUTO = "auto"
-"""As a device: all GPUs that there are, each with as many blocks as fit, or the CPU where there is none."""
+"""As a device: all GPUs that there are, each with a like share of the blocks, or the CPU where there is none."""
 
 
 def put(model: PreTrainedModel, device: str) -> str:
@@ -52,22 +52,21 @@ def put(model: PreTrainedModel, device: str) -> str:
         model.to(device)  # type: ignore[arg-type]
         return device
     take_back(model)
-    return _spread(model, {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())})
+    gpus: Mapping[int | str, int] = {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())}
+    return _spread(model, gpus) if gpus else "cpu"
 
 
 def _spread(model: PreTrainedModel, free: Mapping[int | str, int]) -> str:
-    """Give each device blocks up to its free bytes, less a tenth for activations."""
+    """Spread the blocks evenly over devices with so many free bytes."""
     import accelerate
+    from accelerate.utils import get_balanced_memory
 
-    shares = {device: int(0.9 * amount) for device, amount in free.items()}
-    places = {"": "cpu"}
-    if shares:
-        places = accelerate.infer_auto_device_map(
-            model, max_memory=shares, no_split_module_classes=model._no_split_modules
-        )
-    if shares and {"cpu", "disk"} & {str(place) for place in places.values()} - {str(device) for device in shares}:
+    whole = model._no_split_modules
+    shares = get_balanced_memory(model, max_memory=dict(free), no_split_module_classes=whole)
+    places = accelerate.infer_auto_device_map(model, max_memory=shares, no_split_module_classes=whole)
+    if not {str(place) for place in places.values()} <= {str(device) for device in free}:
         raise ConfigError(
-            f"the model does not fit on {len(shares)} GPUs with {sum(free.values()):,} free bytes: give --device cpu"
+            f"the model does not fit on {len(free)} GPUs with {sum(free.values()):,} free bytes: give --device cpu"
         )
     accelerate.dispatch_model(model, places, force_hooks=True)
     return str(model.device)
@@ -79,6 +78,8 @@ def take_back(model: PreTrainedModel) -> None:
 
     remove_hook_from_submodules(model)
     vars(model).pop("hf_device_map", None)
+    for module in model.modules():
+        vars(module).pop("forward", None)  # what the hooks put over the class's own
     model.to("cpu")  # type: ignore[arg-type]
 
 

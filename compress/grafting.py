@@ -53,8 +53,11 @@ class Grafts:
     def donor(self, block: Block) -> dict[str, Tensor]:
         """What a block can give, as it is now: its matrices (out, in) and their biases, by name.
 
-        A block that carries donors itself gives the sum. It is taken once and shared by all that receive it.
+        A block that carries donors itself gives the sum. It is taken once and shared by all that receive it. Nothing is
+        given where there are no donors.
         """
+        if not self.ranks.coefficients:
+            return {}
         found: dict[str, Tensor] = {}
         for path, module in linears(block.module):
             found[f"{path}.weight"] = self.store.keep(Projection(module).matrix)
@@ -117,7 +120,7 @@ class Grafts:
         for name, graft in self.of(number).items():
             path, _, leaf = name.rpartition(".")
             old = block.module.get_parameter(name)
-            new = nn.Parameter(graft().contiguous(), requires_grad=old.requires_grad)
+            new = nn.Parameter(graft.folded().contiguous(), requires_grad=old.requires_grad)
             setattr(submodule(block.module, path), leaf, new)
 
     def tensors(self) -> tuple[dict[str, Tensor], Made]:
@@ -139,12 +142,12 @@ class Grafts:
             block, grafts = blocks[number], self.blocks.setdefault(number, {})
             modules = {f"{path}.weight": module for path, module in linears(block.module)}
             for name, keys in names.items():
+                device = block.module.get_parameter(name).device
                 for label in (f"donor/{key}/{name}" for key in keys):
                     if label not in donors:
-                        donors[label] = self.store.keep(tensor(label))
+                        donors[label] = self.store.keep(tensor(label).to(device))
                 if name in modules:
                     matrix = self._matrix(modules[name], grafts, name)
-                    device = matrix.frozen.device
                     if self.ranks.lora:
                         matrix.add_lora(self.ranks.lora, device, None)
                     for key in keys:

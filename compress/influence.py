@@ -88,7 +88,8 @@ RANKINGS: dict[str, Callable[[Decoder, TokenRows, int, Run], list[float]]] = {
 
 def cosines(ours: Tensor, theirs: Tensor) -> Tensor:
     """Cosine of each token of (B, T, D), float64 (B, T)."""
-    return functional.cosine_similarity(wide(ours), wide(theirs), dim=-1).double()
+    # They lie on two devices where the model is spread over several.
+    return functional.cosine_similarity(wide(ours).to(theirs.device), wide(theirs), dim=-1).double()
 
 
 def parts(rows: int, length: int, first: int = 0) -> Iterator[slice]:

@@ -45,9 +45,9 @@ class LowRank(nn.Module):
         self.left = nn.Parameter(torch.zeros(outputs, rank, dtype=dtype, device=device))
         self.right = nn.Parameter(right.to(device, dtype))
 
-    def forward(self) -> Tensor:
-        """The matrix (outputs, inputs)."""
-        return self.left @ self.right
+    def forward(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The matrix (outputs, inputs), multiplied in a dtype; None: in that of the factors."""
+        return self.left.to(dtype=dtype) @ self.right.to(dtype=dtype)
 
 
 class GraftedMatrix(nn.Module):
@@ -89,17 +89,24 @@ class GraftedMatrix(nn.Module):
         outputs, inputs = self.frozen.T.shape if self.transposed else self.frozen.shape
         return LowRank(outputs, inputs, rank, dtype=self.dtype, device=device, generator=generator)
 
-    def forward(self) -> Tensor:
-        """The weight as it is stored, in the dtype that it is stored in; the sum is taken in that of what learns."""
+    def forward(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as it is stored, in the dtype that it is stored in.
+
+        The sum is taken in a dtype; None: in the widest of what learns, what is frozen and what is given.
+        """
         frozen = self.frozen.T if self.transposed else self.frozen
         device = next(self.parameters()).device
-        value = frozen.to(device)
+        value = frozen.to(device=device, dtype=dtype)
         if self.lora is not None:
-            value = value + self.lora()
+            value = value + self.lora(dtype)
         for pair, donor in zip(self.coefficients, self.donors, strict=True):
-            value = value + pair() * donor.to(device)
+            value = value + pair(dtype) * donor.to(device)
         value = value.to(self.frozen.dtype)
         return value.T if self.transposed else value
+
+    def folded(self) -> Tensor:
+        """The weight with its sum taken in fp32 or wider, whatever learns."""
+        return self.forward(torch.promote_types(self.frozen.dtype, torch.float32))
 
 
 class GraftedVector(nn.Module):
@@ -135,6 +142,10 @@ class GraftedVector(nn.Module):
         for scale, donor in zip(self.coefficients, self.donors, strict=True):
             value = value + scale * donor.to(value.device)
         return value.to(self.stored)
+
+    def folded(self) -> Tensor:
+        """The same: nothing is multiplied here that a wider sum would help."""
+        return self.forward()
 
 
 Graft = GraftedMatrix | GraftedVector

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,18 +38,25 @@ class Store:
             self._left -= taken
             return torch.empty(tuple(shape), dtype=dtype)
         self._folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self._folder).free
-        if taken > free:
-            raise ConfigError(
-                f"{taken:,} bytes of hidden states or weights do not fit in memory's share, and {self._folder} has "
-                f"{free:,} bytes left: give fewer or shorter calibration rows, or a folder on a larger disk"
-            )
         with tempfile.NamedTemporaryFile(dir=self._folder) as file:
+            try:
+                # A sparse file would be believed to fit, and the process killed where it does not.
+                os.posix_fallocate(file.fileno(), 0, taken)
+            except OSError as error:
+                raise ConfigError(
+                    f"{taken:,} bytes of hidden states or weights do not fit in memory's share, nor on the disk of "
+                    f"{self._folder} ({error.strerror}): give fewer or shorter calibration rows, or a larger disk"
+                ) from error
             return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(tuple(shape))
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Hold on to a tensor that nobody writes to: as it is while memory's share lasts, then as a copy in a file."""
+        """Hold on to a tensor that nobody writes to: as it is while memory's share lasts, then as a copy in a file.
+
+        What lies on a GPU stays there, where it is needed at each step.
+        """
         tensor = tensor.detach()
+        if tensor.device.type != "cpu":
+            return tensor
         if tensor.nbytes <= self._left:
             self._left -= tensor.nbytes
             return tensor

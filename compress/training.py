@@ -32,6 +32,7 @@ def optimise(
     generator: torch.Generator,
     progress: Progress,
     what: str,
+    warmup: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.95),
 ) -> list[float]:
     """Minimise a loss with Adam, no weight decay and no clipping; rates fall along a cosine to zero over all steps.
@@ -45,6 +46,7 @@ def optimise(
         generator: of the orders.
         progress: told of each step.
         what: the name under which progress is told.
+        warmup: share of the steps over which the rates rise to the cosine.
         betas: of Adam.
 
     Returns:
@@ -59,7 +61,12 @@ def optimise(
     ]
     learning = [parameter for group in parameters for parameter in group["params"]]
     optimiser = torch.optim.Adam(parameters, betas=betas, eps=1e-8)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+
+    def share(step: int) -> float:
+        rise = min(1.0, (step + 1) / (warmup * steps + 1)) if warmup else 1.0
+        return rise * (1 + math.cos(math.pi * step / steps)) / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, share)
     means, done = [], 0
     for _ in range(epochs):
         total = 0.0

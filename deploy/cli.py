@@ -126,9 +126,10 @@ def _add_compress(commands: Any) -> None:
             sparsity=S      share of the blocks to remove, rounded up (needed)
             window=8        blocks that take part in a removal, with the removed one; even
             epochs=20       how often the calibration rows are learnt from at each removal
-            batch=8         rows a step; their number must divide --rows
+            batch=8         rows a step; --rows, less those held out, must be a multiple of it
             coefficient_rank=128, coefficient_lr=0.001    of what scales the removed block's weights; rank 0: no fusion
             lora_rank=128, base_lr=9.65e-6    of what else learns; rank 0: nothing else. Both 0: the block is deleted
+            warmup=0        share of a removal's steps over which both rates rise
             loss=batch_kl   at the end of the window: batch_kl, mse, cosine or feature_kl
             precision=fp32  of what learns; bf16 as in the paper
             ranking=macro_influence    which block goes: macro_influence, block_influence (ShortGPT) or loss (SLEB)
@@ -179,12 +180,14 @@ def _add_compress(commands: Any) -> None:
     parser.add_argument(
         "--seed", type=int, metavar="N", help="of shuffling or sampling the calibration text (default 0)"
     )
-    add_device(parser, "; or auto: blocks are spread over all GPUs that there are")
+    add_device(parser, "; or auto: the blocks are spread over all GPUs")
     parser.add_argument(
         "--spill",
         type=int,
+        default=2_000_000_000,
         metavar="BYTES",
-        help="keep sets of hidden states or weights that are larger in files, not in memory (default 2000000000)",
+        help="so many bytes each of hidden states and of weights beside the model stay in memory, more lie in files "
+        "(default 2000000000)",
     )
     add_dry_run(parser, "say what would come out and what it would cost; write nothing")
     add_output(parser, "the artifact's folder; must not exist yet, or be empty")
@@ -197,7 +200,7 @@ def _compress(arguments: argparse.Namespace) -> int:
     from deploy.steps import compress_model
 
     model, steps, calibration = _what_to_compress(arguments)
-    if arguments.spill is not None and arguments.spill < 0:
+    if arguments.spill < 0:
         raise ConfigError(f"--spill {arguments.spill}: give 0 bytes or more")
     if arguments.dry_run:
         return _predict(model, steps, calibration, arguments.spill)
@@ -265,15 +268,14 @@ def _calibration_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _predict(
-    model: str, steps: list[tuple[str, dict[str, Any]]], calibration: Any, spill_bytes: int | None = None
+    model: str, steps: list[tuple[str, dict[str, Any]]], calibration: Any, spill_bytes: int = 2_000_000_000
 ) -> int:
     import dataclasses
 
     from deploy.predict import predict
 
     with open_terminal() as terminal:
-        spill = {} if spill_bytes is None else {"spill_bytes": spill_bytes}
-        found = predict(model, steps, calibration, **spill)
+        found = predict(model, steps, calibration, spill_bytes)
         terminal.say(
             f"{model} would become a {found.layout} model of {found.parameters:,} parameters, "
             f"{found.bytes / 1e6:,.0f} MB. That would take about {found.memory_bytes / 1e9:.1f} GB of memory "

@@ -29,14 +29,11 @@ from deploy.bench import all_runs, model_of, now
 from deploy.comparison import Measured, measure
 from deploy.recipe import Recipe
 from deploy.sides import form_of, open_side
-from deploy.steps import compress_model, evaluation_windows
+from deploy.steps import CHECK_TOKENS, compress_model, evaluation_windows
 from deploy.workspace import Workspace
 from exporters import export
 from exporters.base import installed_versions
 from exporters.to_onnx import check_layout
-
-CHECK_TOKENS = 128
-"""Tokens that every export is checked on, whole and one by one."""
 
 
 @dataclass

@@ -20,6 +20,9 @@ from compress.sources import Loaded
 from compress.surgery import without_weights
 from deploy.recipe import CalibrationSpec, EvaluationSpec
 
+CHECK_TOKENS = 128
+"""Tokens that every export is checked on, whole and one by one."""
+
 
 def compress_model(
     loaded: Loaded,
@@ -31,7 +34,7 @@ def compress_model(
     progress: Progress,
     consume: bool,
     scratch: Path | None = None,
-    spill_bytes: int | None = None,
+    spill_bytes: int = Run.spill_bytes,
 ) -> artifact.Manifest:
     """Apply methods to a model, one after the other, and save the artifact.
 
@@ -44,7 +47,7 @@ def compress_model(
         progress: told of each step.
         consume: the model given is not needed any more.
         scratch: where an interrupted call leaves what the next one goes on from.
-        spill_bytes: sets of hidden states that are larger lie in files; None: as `Run` has it.
+        spill_bytes: as in `Run`.
 
     Raises:
         UnsupportedArchitecture: a vision-language model whose blocks a method would make differ.
@@ -65,8 +68,7 @@ def compress_model(
             model=model,
             progress=progress,
         )
-        spill = {} if spill_bytes is None else {"spill_bytes": spill_bytes}
-        run = Run(progress, inputs_go_to, scratch, consume=consume or place > 0, **spill)
+        run = Run(progress, inputs_go_to, scratch, consume=consume or place > 0, spill_bytes=spill_bytes)
         compressed = METHODS[method].compress(model, rows, config, run)
         model, report = compressed.model, compressed.report
         taken.append(

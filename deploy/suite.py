@@ -51,7 +51,7 @@ from compress.text import text_hash
 from deploy.bench import now
 from deploy.comparison import child_environment, last_words
 from deploy.sides import open_side
-from deploy.steps import data_file
+from deploy.steps import CHECK_TOKENS, data_file
 from deploy.workspace import Workspace, digest
 from exporters import export
 from exporters.base import ExportOptions, installed_versions
@@ -61,9 +61,6 @@ USER_ERROR = 2
 
 CELL = TypeAdapter(Cell)
 EXPORTED = TypeAdapter(ExportedCell)
-
-CHECK_TOKENS = 128
-"""Tokens that every export is checked on."""
 
 
 class MethodSpec(Strict):
@@ -140,6 +137,8 @@ class Suite(Strict):
         for method in self.methods:
             if "sparsity" in method.set:
                 raise ValueError(f"methods: {method.label!r} sets a sparsity: list it under sparsities")
+            if "blocks" in method.set and method.same_blocks_as is not None:
+                raise ValueError(f"methods: {method.label!r} has blocks of its own and those of another row: give one")
             for sparsity in method.sparsities or self.sparsities:
                 method_config(method.method, {**method.set, "sparsity": sparsity})
             self._check_same_blocks(method)
@@ -152,6 +151,8 @@ class Suite(Strict):
             if self.calibrations.label not in labels:
                 raise ValueError(f"calibrations: no method has the label {self.calibrations.label!r}")
             method = self.methods[labels.index(self.calibrations.label)]
+            if method.same_blocks_as is not None:
+                raise ValueError(f"calibrations: {method.label!r} removes the blocks of another row: name that one")
             method_config(method.method, {**method.set, "sparsity": self.calibrations.sparsity})
         return self
 
@@ -315,9 +316,9 @@ class SuiteRun:
             # removes the blocks of another comes after it.
             row = job.label if job.spec is None else job.spec.same_blocks_as or job.label
             groups.setdefault(f"{row} {job.source} {job.seed} {job.with_tasks}", []).append(job)
-        # The rows that try every part again after each removal take longest: they start first.
         for group in groups.values():
             group.sort(key=lambda job: (job.spec is not None and job.spec.same_blocks_as is not None, job.sparsity))
+        # The rows that try every part again after each removal, or learn, take longest: they start first.
         order = sorted(groups.values(), key=lambda group: -max(self._passes(job) for job in group))
         stop = threading.Event()
         done = 0

@@ -80,6 +80,7 @@ class FuseGPTConfig:
         epochs: how often each removal's tuning takes all rows.
         coefficient_lr: learning rate of what scales donors.
         base_lr: of LoRA, norms and biases.
+        warmup: share of a removal's steps over which the rates rise; the paper has none.
         loss: between hidden states at the end of the window: "batch_kl", "mse", "cosine" or "feature_kl".
         precision: of what learns: "fp32", or the paper's "bf16".
         held_out: calibration rows, the last ones, kept from tuning, on which a window's error is reported.
@@ -105,6 +106,7 @@ class FuseGPTConfig:
     epochs: int = 20
     coefficient_lr: float = 1e-3
     base_lr: float = 9.65e-6
+    warmup: float = 0.0
     loss: str = "batch_kl"
     precision: str = "fp32"
     held_out: int = 0
@@ -132,6 +134,8 @@ class FuseGPTConfig:
         for name in ("coefficient_lr", "base_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a positive number")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"warmup={self.warmup} is not a share; give one from 0 up to, not including, 1")
         _known("ranking", self.ranking, RANKINGS)
         _known("loss", self.loss, LOSSES)
         _known("precision", self.precision, ("fp32", "bf16"))
@@ -139,6 +143,8 @@ class FuseGPTConfig:
             raise ConfigError(f"iterative={self.iterative!r} is neither true nor false")
         for name in ("blocks", "protect"):
             object.__setattr__(self, name, _places(name, getattr(self, name)))
+        if self.held_out and not self.tunes:
+            raise ConfigError(f"held_out={self.held_out}: nothing learns, so that no error would be reported")
         if self.tunes and self.loss == "batch_kl" and self.batch < 2:
             raise ConfigError(f"batch={self.batch}: batch_kl compares the rows of a batch; give 2 or more, or loss=mse")
 
@@ -170,7 +176,7 @@ def compress(
     """Remove blocks with FuseGPT.
 
     With ``run.scratch`` the state after each removal is kept there. A later call on the same model, rows and options
-    goes on from it, also to another sparsity.
+    goes on from it, also to a higher sparsity; to one that it went beyond, it starts anew and keeps nothing.
 
     Args:
         model: not changed unless ``run.consume``.
@@ -280,11 +286,13 @@ def outline(model: PreTrainedModel, rows: int, config: FuseGPTConfig) -> float:
         forwards += _ranking_forwards(left, gone, plan, config)
         if config.tunes:
             forwards += _tuning_forwards(left / 2, min(config.window, left), config.epochs, plan, config)
-        if config.rerank:
+        if config.rerank > 1 and config.blocks is None:
             window = min(config.rerank_window, left)
             trial = _tuning_forwards(left / 2, window, config.rerank_epochs, plan, config) if config.tunes else 0
             forwards += plan.scored * left + config.rerank * (trial + plan.scored * (left - 1))
-    drop_blocks(model, range(1, 1 + plan.goes))
+    attending = layout_of(model).attention_blocks
+    stays = {*plan.protected, *attending[-1:]}
+    drop_blocks(model, config.blocks or [block for block in range(blocks) if block not in stays][: plan.goes])
     return forwards / blocks
 
 
@@ -296,7 +304,7 @@ def memory(model: PreTrainedModel, rows: int, length: int, config: FuseGPTConfig
     shapes = [tuple(Projection(module).matrix.shape) for _, module in linears(decoder.blocks[-1].module)]
     matrices, features = sum(math.prod(shape) for shape in shapes), sum(sum(shape) for shape in shapes)
     survivors = min(config.window, len(decoder)) - 1
-    ranks = config.lora_rank + config.coefficient_rank * min(plan_for(model, rows, config).goes, survivors)
+    ranks = config.lora_rank + config.coefficient_rank * plan_for(model, rows, config).goes
     learning = 4 * features * ranks * survivors * (2 if config.precision == "bf16" else 4)
     graph = survivors * item * (matrices + 2 * config.batch * length * features)
     originals = min(len(decoder) * matrices * item, spill_bytes)
@@ -434,14 +442,16 @@ class _Fusion:
         attending = [block.index for block in self.decoder if block.attention is not None]
         last = set(attending) if len(attending) == 1 else set()  # a model needs one that attends
         allowed = [place for place in order if place not in last and state.left[place] not in self.plan.protected]
-        return self._try(allowed[: config.rerank]) if config.rerank else allowed[0]
+        candidates = allowed[: config.rerank]
+        return self._try(candidates) if len(candidates) > 1 else allowed[0]
 
     def _fuse(self, place: int) -> None:
         """Remove a block; its neighbours learn to do without it."""
         state, config = self.state, self.config
         window = window_of(place, config.window, len(self.decoder))
         if config.tunes:
-            found, missing = self._learn(self.decoder, self.grafts, place, window, config.epochs, "fusegpt: tuning")
+            what = f"fusegpt: tuning, removal {len(state.removed) + 1} of {self.plan.goes}"
+            found, missing = self._learn(self.decoder, self.grafts, place, window, config.epochs, what)
             state.tuning.append(found)
             state.not_grafted += [name for name in missing if name not in state.not_grafted]
             state.block_forwards += int(_tuning_forwards(window.stop, len(window), config.epochs, self.plan, config))
@@ -449,7 +459,6 @@ class _Fusion:
             drop_blocks(self.model, [place])
         state.windows.append([window.start, window.stop])
         state.removed.append(state.left.pop(place))
-        self.grafts.blocks.pop(state.removed[-1], None)
 
     def _learn(
         self, decoder: Decoder, grafts: Grafts, place: int, window: range, epochs: int, what: str
@@ -473,6 +482,7 @@ class _Fusion:
         key = len(self.state.removed)
         generator = torch.Generator().manual_seed(config.seed * SEED_STRIDE + key)
         donor = grafts.donor(decoder.blocks[place])
+        grafts.blocks.pop(left[place], None)  # what it was made of is in the sum
         survivors = {i: decoder.blocks[i] for i in window if i != place}
         missing = [
             f"block {left[i]}: {name}"
@@ -509,6 +519,7 @@ class _Fusion:
                 generator=generator,
                 progress=self.run.progress,
                 what=what,
+                warmup=config.warmup,
             )
         after = self._held_out_error(student, leaving)
         for i, block in survivors.items():

@@ -35,6 +35,7 @@ from compress.spill import Store
 from compress.surgery import clone, drop_attention, drop_blocks, drop_ffn, keep_neurons, without_weights
 from deploy.cli import main
 from exporters.to_onnx import check_layout
+from tests.compress import test_properties
 from tests.conftest import _COMMON, CHAT_TEMPLATE, CONTEXT, TINY, D, F, K, L, V, byte_tokenizer, token_rows
 from tests.conftest import tiny as text_model
 
@@ -192,14 +193,7 @@ def run(method: str, model: PreTrainedModel, rows: TokenRows = ROWS, **options: 
 
 
 def save(result: CompressedModel, path: Path) -> artifact.Manifest:
-    step = artifact.Step(
-        method=result.report.method,
-        config=dict(result.report.config),
-        calibration=ROWS.record(),
-        numbers=dict(result.report.numbers),
-    )
-    origin = artifact.OriginEntry(name="tiny", kind="folder")
-    return artifact.save(result.model, byte_tokenizer(), path, origin=origin, steps=[step], processor=PROCESSOR)
+    return test_properties.save(result, path, PROCESSOR)
 
 
 def decode(model: PreTrainedModel, inputs: dict[str, Tensor], prompt: int) -> Tensor:

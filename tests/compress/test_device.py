@@ -25,16 +25,21 @@ def test_a_model_that_is_spread_gives_the_same_bytes(method: str, architecture: 
     config = method_config(method, OPTIONS[method])
     plain = METHODS[method].compress(tiny(architecture), ROWS, config).model
     spread = tiny(architecture)
-    inputs_go_to = put(spread, AUTO)
-    if torch.cuda.device_count() == 0:
-        assert inputs_go_to == "cpu"
-        assert any(hasattr(module, "_hf_hook") for module in spread.modules())
-        made = METHODS[method].compress(spread, ROWS, config, Run(device=inputs_go_to, consume=True)).model
-        take_back(made)
-        assert not any(hasattr(module, "_hf_hook") for module in made.modules())
-        ours, theirs = plain.state_dict(), made.state_dict()
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert device._spread(spread, {"cpu": 10**9}) == "cpu"
+    assert any(hasattr(module, "_hf_hook") for module in spread.modules())
+    made = METHODS[method].compress(spread, ROWS, config, Run(consume=True)).model
+    take_back(made)
+    assert not any(hasattr(module, "_hf_hook") or "forward" in vars(module) for module in made.modules())
+    ours, theirs = plain.state_dict(), made.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 0, reason="there are GPUs to spread over")
+def test_without_a_gpu_auto_is_the_cpu() -> None:
+    model = tiny("llama")
+    assert put(model, AUTO) == "cpu"
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def test_a_model_that_does_not_fit_is_refused() -> None:

@@ -82,6 +82,7 @@ CHANGES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
         "epochs": (2, [0, -1, 1.5, "3", None]),
         "coefficient_lr": (0.01, [0, -1, float("nan"), float("inf"), "high", None]),
         "base_lr": (0.001, [0, -1, float("nan"), float("inf"), "high", None]),
+        "warmup": (0.5, [-0.1, 1, float("nan"), "half", None]),
         "loss": ("cosine", ["batch_kl", "kl", "", None]),  # the first needs two rows in a batch
         "precision": ("bf16", ["fp16", "", None]),
         "held_out": (1, [3, -1, 0.5, "1", None]),
@@ -171,7 +172,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def save(result: CompressedModel, path: Path) -> artifact.Manifest:
+def save(result: CompressedModel, path: Path, processor: Mapping[str, bytes] | None = None) -> artifact.Manifest:
     step = artifact.Step(
         method=result.report.method,
         config=dict(result.report.config),
@@ -179,7 +180,7 @@ def save(result: CompressedModel, path: Path) -> artifact.Manifest:
         numbers=dict(result.report.numbers),
     )
     origin = artifact.OriginEntry(name="tiny", kind="folder")
-    return artifact.save(result.model, byte_tokenizer(), path, origin=origin, steps=[step])
+    return artifact.save(result.model, byte_tokenizer(), path, origin=origin, steps=[step], processor=processor)
 
 
 def decode(model: PreTrainedModel, tokens: torch.Tensor, prompt: int = 1) -> torch.Tensor:
