@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from compress.errors import ConfigError
 from compress.result import Progress, no_progress
 
 ROWS_AT_ONCE = 8  # sampled together: the key-value cache of so many rows must fit in memory
+PASS_TOKENS = 2048  # passes without gradients take about so many at once
 NO_LIMIT = 1_000_000_000  # tokenizers without a limit name a number beyond this
 
 
@@ -98,6 +99,12 @@ class TokenRows:
             "seed": self.seed,
             **stride,
         }
+
+
+def parts(rows: int, length: int, first: int = 0) -> Iterator[slice]:
+    """Consecutive slices of rows that hold about `PASS_TOKENS` tokens, one row at least."""
+    size = max(1, PASS_TOKENS // length)
+    return (slice(start, min(start + size, rows)) for start in range(first, rows, size))
 
 
 def draw(

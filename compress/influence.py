@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from compress.activations import block_similarity, block_states, through
-from compress.calibration import TokenRows
+from compress.calibration import TokenRows, parts
 from compress.decoder import Decoder
 from compress.evaluate import cross_entropy
 from compress.gating import starting_at
 from compress.losses import wide
 from compress.result import Run
-
-PASS_TOKENS = 2048
-"""Passes without gradients take about so many tokens at once."""
 
 
 @torch.no_grad()
@@ -90,9 +87,3 @@ def cosines(ours: Tensor, theirs: Tensor) -> Tensor:
     """Cosine of each token of (B, T, D), float64 (B, T)."""
     # They lie on two devices where the model is spread over several.
     return functional.cosine_similarity(wide(ours).to(theirs.device), wide(theirs), dim=-1).double()
-
-
-def parts(rows: int, length: int, first: int = 0) -> Iterator[slice]:
-    """Consecutive slices of rows that hold about `PASS_TOKENS` tokens, one row at least."""
-    size = max(1, PASS_TOKENS // length)
-    return (slice(start, min(start + size, rows)) for start in range(first, rows, size))

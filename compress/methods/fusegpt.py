@@ -37,13 +37,13 @@ from transformers import PreTrainedModel
 
 from compress import budget
 from compress.activations import block_states, inputs_seen, through
-from compress.calibration import TokenRows
+from compress.calibration import TokenRows, parts
 from compress.decoder import Decoder, Projection
 from compress.errors import BudgetError, ConfigError
 from compress.files import new_file
 from compress.gating import evaluating
 from compress.grafting import Grafts, Made, Ranks, base, coefficients, linears
-from compress.influence import RANKINGS, cosines, parts
+from compress.influence import RANKINGS, cosines
 from compress.layout import layout_of
 from compress.losses import LOSSES, wide
 from compress.ranking import lowest_indices

@@ -47,7 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "coefficient_lr": 0.1,
         "base_lr": 0.01,
         "loss": "mse",
-        "rerank": 5,
+        "rerank": 2,
         "rerank_window": 2,
     },
     "shortgpt": {"sparsity": 0.3},
