@@ -8,12 +8,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from compress.artifact import versions
 from compress.decoder import Decoder
 from compress.layout import layout_of
 
 
 def identity(decoder: Decoder, what: str, seen: Iterable[Tensor]) -> str:
-    """Tells whether two runs begin alike: same purpose, data, shape and weights.
+    """Tells whether two runs begin alike: same purpose, data, shape and weights, and the same code.
 
     Args:
         decoder: the model.
@@ -24,7 +25,7 @@ def identity(decoder: Decoder, what: str, seen: Iterable[Tensor]) -> str:
     Returns:
         16 hex digits.
     """
-    digest = hashlib.sha256(repr((what, layout_of(decoder.model))).encode())
+    digest = hashlib.sha256(repr((what, layout_of(decoder.model), versions())).encode())
     below = {id(p) for block in decoder.blocks[:-1] for p in block.module.parameters()}
     above = (p.detach() for p in decoder.model.parameters() if id(p) not in below)
     for tensor in (*seen, *above):

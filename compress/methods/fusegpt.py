@@ -83,7 +83,7 @@ class FuseGPTConfig:
         warmup: share of a removal's steps over which the rates rise; the paper has none.
         loss: between hidden states at the end of the window: "batch_kl", "mse", "cosine" or "feature_kl".
         precision: of what learns: "fp32", or the paper's "bf16".
-        held_out: calibration rows, the last ones, kept from tuning, on which a window's error is reported.
+        held_out: calibration rows, the last ones, kept from tuning, on which the error of what was tuned is reported.
         rerank: so many of the best candidates are fused on trial, and the one whose fused model is nearest goes; 0: no
             trials.
         rerank_window: window of a trial; even.
@@ -143,8 +143,6 @@ class FuseGPTConfig:
             raise ConfigError(f"iterative={self.iterative!r} is neither true nor false")
         for name in ("blocks", "protect"):
             object.__setattr__(self, name, _places(name, getattr(self, name)))
-        if self.held_out and not self.tunes:
-            raise ConfigError(f"held_out={self.held_out}: nothing learns, so that no error would be reported")
         if self.tunes and self.loss == "batch_kl" and self.batch < 2:
             raise ConfigError(f"batch={self.batch}: batch_kl compares the rows of a batch; give 2 or more, or loss=mse")
 
