@@ -194,6 +194,8 @@ def curves(title: str, lines: Sequence[Curve], reference: tuple[float, float], c
         ceiling: perplexities above it leave the picture, and their line with them.
     """
     widths = _padded(min(x for line in lines for x, _ in line.points), reference[0], 0.04)
+    seen = [value for line in lines for _, value in line.points if math.isfinite(value)]
+    ceiling = min(ceiling, 1.3 * max(reference[1], *seen))
     x, y = _linear(*widths, LEFT, RIGHT), _log(reference[1] / 1.5, ceiling, BOTTOM, TOP)
     drawn = _frame(x, y, _ticks(*widths, 6), _log_ticks(reference[1] / 1.5, ceiling), lambda tick: number(tick / 1e6))
     drawn += _axes("parameters, millions", "perplexity, log scale (lower is better)")
@@ -232,15 +234,15 @@ def tradeoff(title: str, lines: Sequence[Curve], names: tuple[str, str]) -> Html
     return _standing(title, words, drawn)
 
 
-LEFT, RIGHT, TOP, BOTTOM = 56, 520, 34, 380
-"""Edges of a chart that stands alone; its legend is to the right."""
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 840, 56, 520, 34, 380
+"""Of the page, and the edges of a chart that stands alone; its legend is to the right."""
 
 
 def _frame(
     x: Scale, y: Scale, across: Sequence[float], up: Sequence[float], name: Callable[[float], str]
 ) -> list[Html]:
     """Page, grid and ticks, and the region that lines stay in."""
-    drawn: list[Html] = [tag("style", Html(CURVES_STYLE)), tag("rect", class_="page", width=790, height=430)]
+    drawn: list[Html] = [tag("style", Html(CURVES_STYLE)), tag("rect", class_="page", width=WIDTH, height=430)]
     for tick in up:
         drawn.append(tag("line", class_="grid", x1=LEFT, x2=RIGHT, y1=y(tick), y2=y(tick)))
         drawn.append(tag("text", number(tick), x=LEFT - 8, y=y(tick) + 4, text_anchor="end"))
@@ -286,7 +288,7 @@ def _standing(title: str, words: str, drawn: Sequence[Html]) -> Html:
         tag("desc", words),
         join(*drawn),
         xmlns="http://www.w3.org/2000/svg",
-        viewBox="0 0 790 430",
+        viewBox=f"0 0 {WIDTH} 430",
         role="img",
     )
 
