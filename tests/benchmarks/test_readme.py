@@ -41,7 +41,7 @@ def test_every_committed_record_can_be_read(path: Path) -> None:
 
 
 def test_a_table_that_a_record_does_not_have_is_refused() -> None:
-    (path,) = (path for path in RECORDS if records.format_of(path) == suites.FORMAT)
+    path = next(path for path in RECORDS if records.format_of(path) == suites.FORMAT)
     marker = f"<!-- measured: begin {path.relative_to(ROOT)} speed -->\n<!-- measured: end -->"
     with pytest.raises(ConfigError, match="speed"):
         with_fresh_tables(marker)
