@@ -289,7 +289,7 @@ def outline(model: PreTrainedModel, rows: int, config: FuseGPTConfig) -> float:
             trial = _tuning_forwards(left / 2, window, config.rerank_epochs, plan, config) if config.tunes else 0
             forwards += plan.scored * left + config.rerank * (trial + plan.scored * (left - 1))
     attending = layout_of(model).attention_blocks
-    stays = {*plan.protected, *attending[-1:]}
+    stays = plan.protected if plan.protected & set(attending) else plan.protected | {attending[-1]}
     drop_blocks(model, config.blocks or [block for block in range(blocks) if block not in stays][: plan.goes])
     return forwards / blocks
 

@@ -670,9 +670,9 @@ def test_hidden_states_in_files_give_the_same_bytes(spill_bytes: int, tmp_path: 
 def test_the_outline_has_the_shape_of_the_result() -> None:
     auto: Any = AutoModelForCausalLM
     for model_type in CHOSEN:
-        config = FuseGPTConfig(**SMALL)
+        config, stock = FuseGPTConfig(**SMALL), tiny(model_type).config
         with torch.device("meta"):
-            skeleton = auto.from_config(tiny(model_type).config)
+            skeleton = auto.from_config(stock)
         passes = fusegpt.outline(skeleton, len(ROWS.tokens), config)
         assert layout_of(skeleton) == layout_of(ours_of(model_type).model)
         assert passes > 0
@@ -909,3 +909,18 @@ def test_the_reference_knows_every_architecture_and_nothing_of_the_library() -> 
     library = ("compress", "exporters", "serving", "benchmarks", "deploy", "tests")
     assert not {name for name in imported if name.split(".")[0] in library}
     assert set(reference.PLACES) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({"sparsity": 0.8}, 1),
+        ({"sparsity": 0.8, "protect": (0,)}, 1),
+        ({"sparsity": 0.8, "protect": (-1,)}, 1),
+        ({"sparsity": 0.4, "blocks": (4, 0)}, 3),
+    ],
+)
+def test_an_outline_leaves_what_has_to_stay(options: dict[str, Any], left: int) -> None:
+    shape = tiny("llama").to("meta")
+    fusegpt.outline(shape, 8, fusegpt.FuseGPTConfig(window=4, **options))
+    assert len(Decoder(shape)) == left
