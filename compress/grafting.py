@@ -87,7 +87,7 @@ class Grafts:
         for path, module in linears(block.module):
             name, matrix = f"{path}.weight", Projection(module).matrix
             paths.append(name)
-            twin = donor.get(name) if ranks.coefficients else None
+            twin = donor.get(name)
             if ranks.coefficients and (twin is None or twin.shape != matrix.shape):
                 missing.append(name)
                 twin = None

@@ -452,7 +452,6 @@ class _Fusion:
             found, missing = self._learn(self.decoder, self.grafts, place, window, config.epochs, what)
             state.tuning.append(found)
             state.not_grafted += [name for name in missing if name not in state.not_grafted]
-            state.block_forwards += int(_tuning_forwards(window.stop, len(window), config.epochs, self.plan, config))
         else:
             drop_blocks(self.model, [place])
         state.windows.append([window.start, window.stop])
@@ -522,6 +521,7 @@ class _Fusion:
         after = self._held_out_error(student, leaving)
         for i, block in survivors.items():
             grafts.fold(block, left[i])
+        self.state.block_forwards += int(_tuning_forwards(window.stop, len(window), epochs, self.plan, config))
         found = {"loss_first": losses[0], "loss_last": losses[-1], "held_out_before": before, "held_out_after": after}
         return found, missing
 
@@ -578,9 +578,7 @@ class _Fusion:
             trial = Decoder(clone(self.model))
             window = window_of(place, config.rerank_window, left)
             if config.tunes:
-                epochs = config.rerank_epochs
-                self._learn(trial, self._no_grafts(), place, window, epochs, "fusegpt: trial fusion")
-                self.state.block_forwards += int(_tuning_forwards(window.stop, len(window), epochs, self.plan, config))
+                self._learn(trial, self._no_grafts(), place, window, config.rerank_epochs, "fusegpt: trial fusion")
             else:
                 drop_blocks(trial.model, [place])
             with torch.no_grad():
