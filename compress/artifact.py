@@ -1,10 +1,10 @@
 """Save and load one artifact: a folder that holds a compressed model and says how it came to be.
 
 * ``manifest.json``: what it is: origin, layout, steps, parameters, the hash of every other file;
-* ``config.json``: stock for a plain layout, ``model_type: "foldaway"`` for a ragged one;
+* ``config.json``: stock for a plain layout, ``model_type: "foldaway"`` for a ragged or shared one;
 * the processor's files, for a vision-language model, as its source had them;
 * ``*.safetensors``: every distinct tensor once;
-* ``foldaway_model.py``: only for a ragged layout, the code that builds it;
+* ``foldaway_model.py``: only for a ragged or shared layout, the code that builds it;
 * tokenizer files, ``generation_config.json``, ``README.md``.
 """
 
@@ -57,7 +57,7 @@ class Step(Strict):
 class LayoutEntry(Strict):
     """The shape of the model, in the vocabulary of ``block_configs``."""
 
-    kind: Literal["plain", "ragged"]
+    kind: Literal["plain", "ragged", "shared"]
     blocks: list[dict[str, Any]]
 
 
@@ -98,7 +98,7 @@ def save(
     """Write an artifact. It appears whole or not at all.
 
     Args:
-        model: plain or ragged.
+        model: of any layout.
         tokenizer: saved along, chat template included.
         path: a folder that does not exist yet, or is empty.
         origin: the model that the first step was applied to.
@@ -124,7 +124,7 @@ def write_model(
     folder: Path,
     processor: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write the files that transformers needs to load a plain or ragged model, without foldaway installed."""
+    """Write the files that transformers needs to load a model of any layout, without foldaway installed."""
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     tokenizer.save_pretrained(folder)
     for name, content in (processor or {}).items():
@@ -244,7 +244,7 @@ def _card(model: PreTrainedModel, origin: OriginEntry, steps: Sequence[Step]) ->
     header += [f"base_model: {origin.name}"] if origin.kind == "hub" else []
     task = "text-generation" if composite_of(model.config) is None else "image-text-to-text"
     header += ["library_name: transformers", f"pipeline_tag: {task}", "tags:", "- foldaway", "- pruned", "---"]
-    ragged = layout_of(model).kind == "ragged"
+    layout = layout_of(model)
     lines = ["", f"# {Path(origin.name).name}, compressed", "", f"Made by foldaway from `{origin.name}`"]
     lines[-1] += f" (licence of the weights: {origin.licence or 'not stated by the source'})."
     if origin.quantised_from:
@@ -254,7 +254,13 @@ def _card(model: PreTrainedModel, origin: OriginEntry, steps: Sequence[Step]) ->
         lines += ["", f"* {step.method} {json.dumps(step.config)}: {before:,} -> {after:,} parameters"]
         lines[-1] += f" ({step.numbers['sparsity_of_blocks']:.1%} of the blocks, "
         lines[-1] += f"{step.numbers['sparsity_of_model']:.1%} of the model removed)"
-    code = ", trust_remote_code=True" if ragged else ""
+    if layout.kind == "shared":
+        lines += [
+            "",
+            f"{len(layout.blocks)} blocks are executed, and {layout.distinct} are stored: the model is smaller, ",
+        ]
+        lines[-1] += "and no faster for it."
+    code = "" if layout.kind == "plain" else ", trust_remote_code=True"
     model_class = auto_class(model.config.model_type).__name__
     reader = "tokenizer = AutoTokenizer" if composite_of(model.config) is None else "processor = AutoProcessor"
     lines += ["", "```python", f"model = {model_class}.from_pretrained(PATH{code})"]

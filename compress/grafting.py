@@ -7,7 +7,7 @@ Source: FuseGPT, section 3.2 and equations 3 and 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.decoder import Block, Projection
 from compress.lowrank import Graft, GraftedMatrix, GraftedVector
-from compress.remote_code import submodule
+from compress.remote_code import linears, submodule
 from compress.spill import Store
 
 Made = dict[int, dict[str, list[int]]]
@@ -197,8 +197,3 @@ def base(graft: Graft) -> list[nn.Parameter]:
     if isinstance(graft, GraftedVector):
         return [graft.value] if graft.value.requires_grad else []
     return [] if graft.lora is None else list(graft.lora.parameters())
-
-
-def linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The linears of a block, by their paths, in the order of its modules."""
-    return ((path, each) for path, each in module.named_modules() if isinstance(each, (nn.Linear, Conv1D)))

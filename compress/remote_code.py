@@ -1,12 +1,14 @@
-"""Models whose blocks differ: the one module that ragged artifacts carry, and that foldaway itself loads them with.
+"""Models whose blocks differ or share: the one module that such artifacts carry, and that foldaway loads them with.
 
 A ragged model is a stock transformers model of which some blocks have lost their attention or their FFN, or have an FFN
-of another width than their neighbours. This file turns the stock classes into such a model, from data in
-``config.json``:
+of another width than their neighbours. In a shared one several blocks compute with one set of weights: each has norms,
+a place and a KV cache of its own, but the matrices of another. This file turns the stock classes into such a model,
+from data in ``config.json``:
 
 * ``base_model_type``: the stock architecture, for example ``"llama"``;
 * ``block_configs``: one entry per block,
-  ``{"attention": {"no_op", "num_key_value_heads"}, "ffn": {"no_op", "intermediate_size"}, "shares_with"}``;
+  ``{"attention": {"no_op", "num_key_value_heads"}, "ffn": {"no_op", "intermediate_size"}, "shares_with"}``, and where a
+  block keeps something of its own beside shared weights, ``"own_biases"`` and ``"adapter_rank"``;
 * ``block_parts``: where a block of this architecture keeps its parts, as dotted paths.
 
 It needs torch and transformers only, so that ``AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)``
@@ -18,6 +20,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,30 @@ class NoFeedForward(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return a zero that broadcasts against (B, T, D), in the place of the FFN's output."""
         return hidden_states.new_zeros((1,) * hidden_states.dim())
+
+
+class _Adapted:
+    """What a linear has that adds a low-rank product of its own to a weight that it may share with others.
+
+    ``lora_right`` is (rank, in), ``lora_left`` (out, rank) and zero at first.
+    """
+
+    lora_left: nn.Parameter
+    lora_right: nn.Parameter
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Apply the weight and the bias, and add the product."""
+        low = nn.functional.linear(hidden_states, self.lora_right)
+        output: torch.Tensor = super().forward(hidden_states)  # type: ignore[misc]
+        return output + nn.functional.linear(low, self.lora_left)
+
+
+class AdaptedLinear(_Adapted, nn.Linear):
+    """A linear with an adapter."""
+
+
+class AdaptedConv1D(_Adapted, Conv1D):
+    """A transposed linear with an adapter."""
 
 
 class _RaggedConfig:
@@ -107,9 +134,23 @@ class _RaggedModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         fold_skeleton(self, config)
+        remember_ties(self)
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Name what is the same tensor, for transformers to tie after loading: the stock ties and ours."""
+        stock: dict[str, str] = super().get_expanded_tied_weights_keys(all_submodels)  # type: ignore[misc]
+        return {**stock, **shared_names(self)}
+
+    def _adjust_bias(self, output_embeddings: Any, input_embeddings: Any) -> None:
+        """Pad the bias of a tied head, as transformers does; it would cut that of a transposed linear."""
+        if not isinstance(output_embeddings, Conv1D):
+            super()._adjust_bias(output_embeddings, input_embeddings)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as any model of transformers, and let the folder carry this module."""
+        """Save as any model of transformers, each distinct tensor once, and let the folder carry this module."""
+        state = kwargs.pop("state_dict", None) or self.state_dict()  # type: ignore[attr-defined]
+        shared = shared_names(self)
+        kwargs["state_dict"] = {name: tensor for name, tensor in state.items() if name not in shared}
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         carry_code(Path(save_directory))
 
@@ -147,6 +188,7 @@ def make_ragged(model: Any, block_configs: list[dict[str, Any]], block_parts: di
         model.config.base_model_type = base_type
     model.config.block_configs = block_configs
     model.config.block_parts = block_parts
+    remember_ties(model)
 
 
 def make_plain(model: Any) -> None:
@@ -156,6 +198,7 @@ def make_plain(model: Any) -> None:
         config.__class__ = _stock(type(config), _RaggedConfig)
         model.__class__ = _stock(type(model), _RaggedModel)
         _forget(config)
+        remember_ties(model)
 
 
 def submodule(module: nn.Module, path: str) -> Any:
@@ -167,6 +210,69 @@ def set_submodule(module: nn.Module, path: str, new: nn.Module) -> None:
     """Put ``new`` at a dotted path."""
     *parents, name = path.split(".")
     setattr(submodule(module, ".".join(parents)) if parents else module, name, new)
+
+
+def linears(block: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The linears of a block, by their paths, in the order of its modules."""
+    return ((path, each) for path, each in block.named_modules() if isinstance(each, (nn.Linear, Conv1D)))
+
+
+def share_weights(block: nn.Module, owner: nn.Module, *, own_biases: bool = False) -> None:
+    """Let a block compute with the weights of another; its norms stay its own, and its biases if they are to."""
+    theirs = dict(linears(owner))
+    for path, module in linears(block):
+        module.weight = theirs[path].weight
+        if not own_biases and module.bias is not None:
+            module.bias = theirs[path].bias
+
+
+def adapt(block: nn.Module, rank: int) -> None:
+    """Give every linear of a block an adapter: ``lora_left`` is zero, ``lora_right`` is left empty."""
+    for _, module in list(linears(block)):
+        transposed = isinstance(module, Conv1D)
+        weight = module.weight
+        inputs, outputs = weight.shape if transposed else weight.shape[::-1]
+        module.__class__ = AdaptedConv1D if transposed else AdaptedLinear
+        module.lora_left = nn.Parameter(weight.new_zeros((outputs, rank)), requires_grad=weight.requires_grad)
+        module.lora_right = nn.Parameter(weight.new_empty((rank, inputs)), requires_grad=weight.requires_grad)
+
+
+def merge_adapters(block: nn.Module) -> None:
+    """Put the products of a block's adapters into its weights, which must be its own."""
+    for _, module in linears(block):
+        if hasattr(module, "lora_left"):
+            weight, transposed = module.weight, isinstance(module, Conv1D)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            product = module.lora_left.to(wide) @ module.lora_right.to(wide)
+            value = weight.to(wide) + (product.T if transposed else product)
+            module.weight = nn.Parameter(value.to(weight.dtype), requires_grad=weight.requires_grad)
+            del module.lora_left, module.lora_right
+            module.__class__ = Conv1D if transposed else nn.Linear
+
+
+def adapter_rank(block: nn.Module) -> int:
+    """The rank of a block's adapters; 0 where it has none."""
+    return next((len(module.lora_right) for _, module in linears(block) if hasattr(module, "lora_right")), 0)
+
+
+def shared_names(model: Any) -> dict[str, str]:
+    """Names of parameters in blocks that share -> names, in the blocks that own them, of those that they are."""
+    parts, configs = model.config.block_parts, model.config.block_configs
+    names = {}
+    for i, (block, shape) in enumerate(zip(submodule(model, parts["blocks"]), configs, strict=True)):
+        if shape["shares_with"] is None:
+            continue
+        for path, module in linears(block):
+            own = [] if shape.get("own_biases") or module.bias is None else ["bias"]
+            for leaf in ("weight", *own):
+                name = f"{path}.{leaf}"
+                names[f"{parts['blocks']}.{i}.{name}"] = f"{parts['blocks']}.{shape['shares_with']}.{name}"
+    return names
+
+
+def remember_ties(model: Any) -> None:
+    """Tell transformers which parameters of a model are one, after its blocks have changed."""
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def remove_attention(block: nn.Module, parts: dict[str, Any]) -> None:
@@ -195,7 +301,7 @@ def number_caches(blocks: nn.ModuleList, parts: dict[str, Any]) -> None:
 
 
 def fold_skeleton(model: Any, config: Any) -> None:
-    """Cut a freshly built stock skeleton to the shapes of ``config.block_configs``; weights are not kept."""
+    """Cut a freshly built stock skeleton to ``config.block_configs``, and tie what is shared; weights are not kept."""
     parts = config.block_parts
     blocks = submodule(model, parts["blocks"])
     for block, shape in zip(blocks, config.block_configs, strict=True):
@@ -208,7 +314,25 @@ def fold_skeleton(model: Any, config: Any) -> None:
         for path in parts["ffn_in"]:
             _resize(block, path, outputs=width * parts["ffn_in_fused"])
         _resize(block, parts["ffn_out"], inputs=width)
+    for i, shape in enumerate(config.block_configs):
+        _attach(blocks, i, shape, config.block_configs)
     number_caches(blocks, parts)
+
+
+def _attach(blocks: Any, i: int, shape: Mapping[str, Any], configs: list[dict[str, Any]]) -> None:
+    """Give a block its adapters and the weights that it shares.
+
+    Raises:
+        ValueError: it shares with a block that has no weights of its own, or others than it needs.
+    """
+    owner = shape["shares_with"]
+    if owner is not None:
+        alike = all(shape[part] == configs[owner][part] for part in ("attention", "ffn")) if 0 <= owner < i else False
+        if not alike or configs[owner]["shares_with"] is not None:
+            raise ValueError(f"block {i} cannot share with block {owner}, only with an earlier one of its shape")
+        share_weights(blocks[i], blocks[owner], own_biases=bool(shape.get("own_biases")))
+    if rank := shape.get("adapter_rank"):
+        adapt(blocks[i], rank)
 
 
 def _resize(block: nn.Module, path: str, *, inputs: int | None = None, outputs: int | None = None) -> None:

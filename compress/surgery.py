@@ -1,4 +1,4 @@
-"""Permanent edits of a model: fewer neurons, attentions, FFNs or blocks.
+"""Permanent edits of a model: fewer neurons, attentions, FFNs or blocks, or fewer sets of weights.
 
 Every edit ends in `settle`, the one place where what the model says of itself (config, class, numbers of its caches)
 is made to agree with what it has.
@@ -16,7 +16,15 @@ from compress.arch import composite_of
 from compress.decoder import Block, Decoder
 from compress.errors import BudgetError, UnsupportedArchitecture
 from compress.layout import layout_of
-from compress.remote_code import make_plain, make_ragged, number_caches
+from compress.remote_code import (
+    adapt,
+    linears,
+    make_plain,
+    make_ragged,
+    merge_adapters,
+    number_caches,
+    share_weights,
+)
 
 
 def clone(model: PreTrainedModel) -> PreTrainedModel:
@@ -45,8 +53,9 @@ def keep_neurons(model: PreTrainedModel, kept: Mapping[int, torch.Tensor]) -> No
 
     Raises:
         BudgetError: a block would keep no neuron.
-        UnsupportedArchitecture: widths would differ, which a vision-language model has no words for.
+        UnsupportedArchitecture: widths would differ, which a vision-language model has no words for; or blocks share.
     """
+    check_owns(model, "cutting neurons")
     decoder = Decoder(model)
     if len({len(kept[block.index]) if block.index in kept else block.width for block in decoder}) > 1:
         check_may_differ(model, "FFNs of different widths")
@@ -147,18 +156,129 @@ def check_may_differ(model: PreTrainedModel, what: str) -> None:
         what: makes blocks differ.
 
     Raises:
-        UnsupportedArchitecture: a vision-language model, whose artifacts are stock ones.
+        UnsupportedArchitecture: a vision-language model, whose artifacts are stock ones; or blocks share weights.
     """
     if composite_of(model.config) is not None:
         raise UnsupportedArchitecture(
             f"{what} leaves blocks that differ, which a {model.config.model_type} model's config cannot say: take a "
             "method that removes whole blocks (such as fusegpt or sleb) or the same share of every FFN (wanda)"
         )
+    check_owns(model, what)
+
+
+def check_owns(model: PreTrainedModel, what: str) -> None:
+    """Refuse, before anything is done, what changes the weights of single blocks where blocks share them.
+
+    Args:
+        model: on any device.
+        what: changes weights.
+
+    Raises:
+        UnsupportedArchitecture: blocks share weights.
+    """
+    for i, block in enumerate(layout_of(model).blocks):
+        if block.shares_with is not None:
+            raise UnsupportedArchitecture(
+                f"{what} would part blocks {block.shares_with} and {i}, which share one set of weights: do that first "
+                "and share afterwards, or give each block its own (foldaway export --to hf --expand)"
+            )
+
+
+def block_kinds(model: PreTrainedModel) -> list[tuple[object, ...]]:
+    """What two blocks must have alike to share weights: the kind of attention, and every linear's shape and bias."""
+    decoder = Decoder(model)
+    types = getattr(decoder.config, "layer_types", None) or [None] * len(decoder)
+    return [(types[block.index], *_linear_shapes(block)) for block in decoder]
+
+
+def _linear_shapes(block: Block) -> list[tuple[object, ...]]:
+    return [(path, tuple(module.weight.shape), module.bias is None) for path, module in linears(block.module)]
+
+
+def share_blocks(
+    model: PreTrainedModel,
+    parents: Mapping[int, Sequence[int]],
+    *,
+    own_biases: bool = False,
+    adapter_rank: int = 0,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Let blocks compute with the weights of another. Each keeps its norms, its place and its KV cache.
+
+    Args:
+        model: changed in place.
+        parents: a block whose weights are used -> the other blocks that use them, before or behind it.
+        own_biases: blocks keep the biases of their linears as well.
+        adapter_rank: rank of a low-rank product, zero at first, that each of the others adds to every matrix; 0: none.
+        generator: of the CPU, for the adapters.
+
+    Raises:
+        BudgetError: a block is named twice, shares already, or is not there.
+        UnsupportedArchitecture: blocks of different kinds; or a vision-language model, whose config cannot say it.
+
+    Source: FoldGPT, section "grouped parameter sharing".
+    """
+    if composite_of(model.config) is not None:
+        raise UnsupportedArchitecture(
+            f"a {model.config.model_type} model's config cannot say that blocks share weights: remove blocks (fusegpt, "
+            "sleb), which it can"
+        )
+    decoder = Decoder(model)
+    blocks, kinds = decoder.blocks, block_kinds(model)
+    named = [block for parent, others in parents.items() for block in (parent, *others)]
+    taken = {i for i, b in enumerate(layout_of(model).blocks) if b.shares_with is not None for i in (i, b.shares_with)}
+    for block in named:
+        if not 0 <= block < len(blocks) or named.count(block) > 1 or block in taken:
+            raise BudgetError(f"block {block} cannot share: it is not there, shares already, or is named twice")
+    for parent, others in parents.items():
+        for other in others:
+            if kinds[other] != kinds[parent]:
+                raise UnsupportedArchitecture(
+                    f"blocks {parent} and {other} cannot share weights: their attentions or the shapes of their "
+                    "linears differ"
+                )
+    for parent, others in parents.items():
+        for other in others:
+            module = blocks[other].module
+            share_weights(module, blocks[parent].module, own_biases=own_biases)
+            if adapter_rank:
+                adapt(module, adapter_rank)
+                _draw_adapters(module, generator)
+    settle(model)
+
+
+def _draw_adapters(block: torch.nn.Module, generator: torch.Generator | None) -> None:
+    """Fill the right factors by Kaiming's rule, as a LoRA has it; the left ones are zero."""
+    for _, module in linears(block):
+        right = module.lora_right
+        if right.device.type != "meta":
+            bound = right.shape[1] ** -0.5
+            drawn = torch.empty(right.shape).uniform_(-bound, bound, generator=generator)
+            module.lora_right = torch.nn.Parameter(drawn.to(right), requires_grad=right.requires_grad)
+
+
+def expand(model: PreTrainedModel) -> None:
+    """Give every block weights of its own, equal to those that it shared: it computes the same, and is larger.
+
+    Args:
+        model: changed in place.
+    """
+    layout = layout_of(model)
+    for block, shape in zip(Decoder(model), layout.blocks, strict=True):
+        if shape.shares_with is None:
+            continue
+        for _, module in linears(block.module):
+            for name in ("weight", "bias"):
+                old = getattr(module, name)
+                if old is not None:
+                    setattr(module, name, torch.nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad))
+    settle(model)
 
 
 def settle(model: PreTrainedModel) -> None:
     """Make config, class and cache numbers agree with the blocks that the model has now."""
     decoder = Decoder(model)
+    _merge_lone_adapters(decoder)
     layout = layout_of(model)
     number_caches(decoder.block_list, decoder.arch.block_parts())
     decoder.config.num_hidden_layers = len(decoder)
@@ -170,6 +290,15 @@ def settle(model: PreTrainedModel) -> None:
         make_plain(model)
     else:
         make_ragged(model, layout.block_configs(), decoder.arch.block_parts())
+
+
+def _merge_lone_adapters(decoder: Decoder) -> None:
+    """Where a block shares with none any more, what it added to the shared weights becomes part of its own."""
+    shapes = layout_of(decoder.model).blocks
+    owners = {shape.shares_with for shape in shapes}
+    for block, shape in zip(decoder, shapes, strict=True):
+        if shape.adapter_rank and shape.shares_with is None and block.index not in owners:
+            merge_adapters(block.module)
 
 
 def _tell_width(block: Block) -> None:

@@ -373,6 +373,11 @@ def _add_export(commands: Any) -> None:
         metavar="N",
         help="int4: what activations are computed in, 4 = int8, 1 = fp32",
     )
+    parser.add_argument(
+        "--expand",
+        action="store_true",
+        help="hf: give blocks that share weights copies of their own, for runtimes that cannot share",
+    )
     parser.add_argument("--text", default="builtin", metavar="SOURCE", help=f"to check on: {TEXT_HELP}")
     parser.add_argument("--check-tokens", type=int, default=128, metavar="N", help="tokens to check on (default 128)")
     add_dry_run(parser, "say whether the format takes the model, and how large it would be; write nothing")
@@ -384,12 +389,13 @@ def _export(arguments: argparse.Namespace) -> int:
 
     from compress.calibration import context_length_of, windows
     from compress.files import check_free
+    from compress.layout import layout_of
     from compress.sources import load
     from exporters import export, exporter_named
     from exporters.base import ExportOptions
 
     exporter_named(arguments.to)
-    options = ExportOptions(arguments.dtype, arguments.block_size, arguments.accuracy_level)
+    options = ExportOptions(arguments.dtype, arguments.block_size, arguments.accuracy_level, arguments.expand)
     if arguments.dry_run:
         return _predict_export(arguments.path, arguments.to, options)
     out = output_folder(arguments)
@@ -406,6 +412,12 @@ def _export(arguments: argparse.Namespace) -> int:
             f"{made.bytes / 1e6:.1f} MB of graph and weights; on {parity.tokens} tokens the worst logit difference is "
             f"{parity.max_abs_difference:.2g}, and the first choice is the same at {parity.argmax_agreement:.1%}"
         )
+        layout = layout_of(loaded.model)
+        if arguments.expand and layout.kind == "shared":
+            terminal.say(
+                f"Expanded: {len(layout.blocks)} blocks are stored in place of {layout.distinct}, and nothing is left "
+                "of what sharing had saved"
+            )
         terminal.say(f"Next: foldaway serve {out}")
     return finish(
         {

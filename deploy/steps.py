@@ -14,6 +14,7 @@ from compress.artifact import Step
 from compress.calibration import TokenRows, draw, windows
 from compress.device import put, take_back
 from compress.errors import ConfigError
+from compress.layout import layout_of
 from compress.methods import METHODS, method_config
 from compress.result import Progress, Run
 from compress.sources import Loaded
@@ -50,9 +51,10 @@ def compress_model(
         spill_bytes: as in `Run`.
 
     Raises:
-        UnsupportedArchitecture: a vision-language model whose blocks a method would make differ.
+        UnsupportedArchitecture: a vision-language model whose blocks a method would make differ, or blocks that share
+            weights where a method would change those of single ones.
     """
-    if composite_of(loaded.model.config) is not None:
+    if composite_of(loaded.model.config) is not None or layout_of(loaded.model).kind == "shared" or len(steps) > 1:
         _try_on_shapes(loaded.model, steps, calibration)
     origin, taken, parent = artifact.ancestry(loaded)
     model = loaded.model

@@ -39,6 +39,7 @@ class ExportOptions:
         block_size: int4 only: weights along the input dimension that share one scale.
         accuracy_level: int4 only: the least that onnxruntime computes activations in: 1 fp32, 2 fp16, 3 bf16, 4 int8;
             0 leaves it open.
+        expand: hf only: blocks that share weights get copies of their own.
 
     Raises:
         ConfigError: a value out of range.
@@ -47,6 +48,7 @@ class ExportOptions:
     dtype: str | None = None
     block_size: int = 32
     accuracy_level: int = 4
+    expand: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
@@ -97,6 +99,7 @@ class OptionsEntry(Strict):
     dtype: str
     block_size: int
     accuracy_level: int
+    expand: bool = False
 
 
 class ExportRecord(Strict):
@@ -170,7 +173,12 @@ def seal(folder: Path, loaded: Loaded, to: str, dtype: str, options: ExportOptio
             name=origin.name, kind=origin.kind, licence=origin.licence, quantised_from=origin.quantised_from
         ),
         model_type=getattr(loaded.model.config, "base_model_type", loaded.model.config.model_type),
-        options=OptionsEntry(dtype=dtype, block_size=options.block_size, accuracy_level=options.accuracy_level),
+        options=OptionsEntry(
+            dtype=dtype,
+            block_size=options.block_size,
+            accuracy_level=options.accuracy_level,
+            expand=options.expand,
+        ),
         blocks=layout_of(loaded.model).block_configs(),
         parity=parity,
         parameters=budget.count(loaded.model).total,

@@ -1,8 +1,9 @@
-"""Export to a Hugging Face folder: stock for a plain model, with our remote-code module for a ragged one.
+"""Export to a Hugging Face folder: stock for a plain model, with our remote-code module for a ragged or shared one.
 
 The folder needs transformers and nothing of ours: ``AutoModelForCausalLM.from_pretrained(path)``, with
-``trust_remote_code=True`` when ragged, or ``AutoModelForImageTextToText`` for a vision-language model. It is reloaded
-in just that way to be checked; a vision-language model on text alone.
+``trust_remote_code=True`` unless it is plain, or ``AutoModelForImageTextToText`` for a vision-language model. It is
+reloaded in just that way to be checked; a vision-language model on text alone. With ``expand`` blocks that share
+weights get copies of their own, for runtimes that cannot share: as large as if nothing had been shared.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from compress.artifact import write_model
 from compress.device import DTYPES
 from compress.evaluate import logits_of
 from compress.files import new_folder
-from compress.layout import layout_of
+from compress.layout import Layout, layout_of
 from compress.result import Progress, no_progress
 from compress.sources import Loaded, auto_class
+from compress.surgery import clone, expand
 from exporters.base import Exported, ExportOptions, choose_dtype, exported, in_dtype, seal
 from exporters.parity import Decode, Parity, Side, check
 
@@ -41,7 +43,7 @@ def export(
     """Write a Hugging Face folder and check it.
 
     Args:
-        loaded: a plain or ragged model; not changed.
+        loaded: a model of any layout; not changed.
         path: the folder to write; it appears whole, or not at all.
         options: dtype ``"fp32"``, ``"fp16"``, ``"bf16"``, or None to keep what the source has.
         check_tokens: int64 (B, T), tokens to compare source and export on.
@@ -54,10 +56,13 @@ def export(
     stored = next((name for name, dtype in DTYPES.items() if dtype == loaded.model.dtype), "fp32")
     dtype = choose_dtype("hf", options, tuple(DTYPES), default=stored)
     model = in_dtype(loaded.model, DTYPES[dtype])
+    if options.expand:
+        model = clone(model)
+        expand(model)
     with new_folder(path) as folder:
         write_model(model, loaded.tokenizer, folder, loaded.processor)
         parity = _check_parity(loaded.model, model, folder, check_tokens, progress)
-        (folder / "README.md").write_text(_card(loaded, dtype, parity), encoding="utf-8")
+        (folder / "README.md").write_text(_card(loaded, dtype, layout_of(model), parity), encoding="utf-8")
         record = seal(folder, loaded, "hf", dtype, options, parity)
     return exported(path, record)
 
@@ -70,14 +75,15 @@ def _check_parity(
     Where the dtype rounded the weights, two things are compared: the folder with the source, by the share of equal
     choices, and the folder's decoding with the rounded model in memory, to the same tolerance as exact weights.
     """
+    layout = layout_of(source)
     with _private_modules():
         reloaded = auto_class(source.config.model_type).from_pretrained(
             folder,
             dtype=torch.float32,
-            trust_remote_code=layout_of(source).kind == "ragged",  # the code that it carries then is ours
+            trust_remote_code=layout_of(stored).kind != "plain",  # the code that it carries then is ours
             local_files_only=True,
         )
-    rounded = _differ(source, stored)
+    rounded = _rounds(source, stored.dtype) or (stored is not source and any(b.adapter_rank for b in layout.blocks))
     decode = _decode(reloaded)
     return check(
         logits_of(in_dtype(source, torch.float32)),
@@ -90,10 +96,9 @@ def _check_parity(
     )
 
 
-def _differ(source: PreTrainedModel, stored: PreTrainedModel) -> bool:
-    """Whether a change of dtype changed any weight."""
-    pairs = zip(source.parameters(), stored.parameters(), strict=True)
-    return any(not torch.equal(ours.float(), theirs.float()) for ours, theirs in pairs)
+def _rounds(source: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Whether a change of dtype changes any weight."""
+    return any(not torch.equal(p.float(), p.to(dtype).float()) for p in source.parameters())
 
 
 @contextlib.contextmanager
@@ -124,10 +129,10 @@ def _decode(model: PreTrainedModel) -> Decode:
     return decode
 
 
-def _card(loaded: Loaded, dtype: str, parity: Parity) -> str:
+def _card(loaded: Loaded, dtype: str, layout: Layout, parity: Parity) -> str:
     """README.md of the export folder."""
     origin = loaded.origin
-    code = ", trust_remote_code=True" if layout_of(loaded.model).kind == "ragged" else ""
+    code = "" if layout.kind == "plain" else ", trust_remote_code=True"
     model_class = auto_class(loaded.model.config.model_type).__name__
     name = Path(origin.name).name
     header = ["---", *([f"license: {origin.licence.lower()}"] if origin.licence else [])]
@@ -144,9 +149,22 @@ def _card(loaded: Loaded, dtype: str, parity: Parity) -> str:
         f"Reloaded and compared with its source on {parity.tokens} tokens, both computed in fp32: worst logit "
         f"difference {parity.max_abs_difference:.3g}, same preferred token at {parity.argmax_agreement:.1%} of them. "
         f"Decoding token by token with a cache, against {against}: {parity.decode_max_abs_difference:.3g}.",
+        *_cost_of_expanding(layout_of(loaded.model), layout),
         "",
         "```python",
         f"{model_class}.from_pretrained(PATH{code})",
         "```",
     ]
     return "\n".join([*header, *lines]) + "\n"
+
+
+def _cost_of_expanding(source: Layout, written: Layout) -> list[str]:
+    """What the card says where sharing was given up."""
+    if source.kind != "shared" or written.kind == "shared":
+        return []
+    blocks = len(source.blocks)
+    return [
+        "",
+        f"In its source {source.distinct} sets of weights serve {blocks} blocks. Here every block has a copy of its "
+        f"own, for runtimes that cannot share: {blocks} blocks are stored in place of {source.distinct}.",
+    ]

@@ -92,6 +92,8 @@ def export(
         MissingExtra: onnxruntime-genai is not installed.
     """
     dtype = choose_dtype("onnx", options, ("fp32", "int4"), default="fp32")
+    if options.expand:
+        raise ConfigError("the onnx export stores shared weights once, and nothing is to be expanded: leave it out")
     check_layout(loaded.model)
     context = context_of(base_config(loaded.model.config))
     if check_tokens.shape[1] > context:

@@ -42,15 +42,16 @@ from compress.decoder import Decoder, Projection
 from compress.errors import BudgetError, ConfigError
 from compress.files import new_file
 from compress.gating import evaluating
-from compress.grafting import Grafts, Made, Ranks, base, coefficients, linears
+from compress.grafting import Grafts, Made, Ranks, base, coefficients
 from compress.influence import RANKINGS, cosines
 from compress.layout import layout_of
 from compress.losses import LOSSES, wide
 from compress.ranking import lowest_indices
+from compress.remote_code import linears
 from compress.result import CompressedModel, Report, Run
 from compress.resume import identity
 from compress.spill import Store
-from compress.surgery import clone, drop_blocks
+from compress.surgery import check_owns, clone, drop_blocks
 from compress.training import Group, optimise
 
 SCORING_ROWS = 32
@@ -224,9 +225,12 @@ def plan_for(model: PreTrainedModel, rows: int, config: FuseGPTConfig) -> Plan:
     Raises:
         BudgetError: all blocks would go, or too many are protected.
         ConfigError: the window, the rows or the blocks named do not fit.
+        UnsupportedArchitecture: blocks share weights, and their neighbours would learn.
     """
     blocks = len(Decoder(model))
     goes = budget.blocks_to_remove(config.sparsity, blocks)
+    if goes and config.tunes:
+        check_owns(model, "fusing")
     for name, places, low in (("blocks", config.blocks or (), 0), ("protect", config.protect, -blocks)):
         if wrong := [place for place in places if not low <= place < blocks]:
             raise ConfigError(f"{name}: there is no block {wrong[0]}; the model has blocks 0 to {blocks - 1}")
