@@ -194,6 +194,14 @@ def through(
     return outputs[0]
 
 
+def logits_from(decoder: Decoder, hidden: Tensor) -> Tensor:
+    """Logits (B, T, V) of what leaves the last block, (B, T, D), by the model's own final norm and head."""
+    tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    with starting_at(decoder, len(decoder), hidden):
+        logits: Tensor = decoder.model(input_ids=tokens, use_cache=False).logits
+    return logits
+
+
 def stopping_before(module: nn.Module) -> AbstractContextManager[None]:
     """End a forward pass inside a ``with`` when it gets to a module; hooks of that module set before this one run."""
     return _stopping(module.register_forward_pre_hook)

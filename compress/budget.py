@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from compress.decoder import Block, Decoder
 from compress.errors import BudgetError
-from compress.remote_code import submodule
+from compress.remote_code import linears, submodule
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,38 @@ def count(model: PreTrainedModel) -> Counts:
         attention=tuple(_parameters([block.attention] if block.attention else []) for block in decoder),
         ffn=tuple(_parameters(block.ffn_modules) for block in decoder),
     )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What running a model costs, as far as its shape says. Sharing weights changes none of it, removing blocks does.
+
+    Attributes:
+        flops_per_token: two for each weight of a linear that a token passes, the head included, without the products
+            of queries and keys, which grow with the context.
+        kv_per_token: numbers that the KV cache keeps of each token.
+    """
+
+    flops_per_token: int
+    kv_per_token: int
+
+
+def costs(model: PreTrainedModel) -> Costs:
+    """Count what is executed, block after block, whatever is shared."""
+    decoder = Decoder(model)
+    weights = [block_weights(block) for block in decoder]
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    of_head = 0 if head is None else head.weight.numel()
+    config = decoder.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = int(getattr(config, decoder.arch.num_key_value_heads))
+    attending = sum(block.attention is not None for block in decoder)
+    return Costs(2 * (sum(weights) + of_head), 2 * attending * heads * head_dim)
+
+
+def block_weights(block: Block) -> int:
+    """Weights of the linears that a token passes in a block."""
+    return sum(module.weight.numel() for _, module in linears(block.module))
 
 
 def parameters_at(block: Block, paths: Iterable[str]) -> int:

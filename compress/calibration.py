@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,10 @@ class Recorded:
         positions = self.position_ids[index].movedim(0, -2)  # transformers puts the axes before the rows: (A, B, T)
         return {"inputs_embeds": self.embeds[index].to(device), "position_ids": positions.to(device)}
 
+    def rows(self, index: slice) -> Recorded:
+        """Some of the rows."""
+        return Recorded(self.embeds[index], None if self.position_ids is None else self.position_ids[index])
+
 
 @dataclass(frozen=True, eq=False)
 class TokenRows:
@@ -73,6 +78,11 @@ class TokenRows:
         if self.recorded is not None:
             return self.recorded.batch(index, device)
         return {"input_ids": self.tokens[index].to(device)}
+
+    def rows(self, index: slice) -> TokenRows:
+        """Some of the rows, under the hash of all."""
+        recorded = None if self.recorded is None else self.recorded.rows(index)
+        return dataclasses.replace(self, tokens=self.tokens[index], recorded=recorded)
 
     def only_tokens(self) -> Tensor:
         """The tokens (N, T), for a method that gives the model nothing else.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,6 +83,13 @@ def take_back(model: PreTrainedModel) -> None:
     for module in model.modules():
         vars(module).pop("forward", None)  # what the hooks put over the class's own
     model.to("cpu")  # type: ignore[arg-type]
+
+
+def autocast(model: PreTrainedModel, device: str) -> AbstractContextManager[Any]:
+    """bf16 for the matrix products of an fp32 model on a GPU, while it learns."""
+    if torch.device(device).type == "cuda" and model.dtype == torch.float32:
+        return torch.autocast("cuda", torch.bfloat16)
+    return nullcontext()
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:

@@ -1,15 +1,17 @@
-"""Temporary edits of a model: inside a ``with``, a part is gone; after it, everything is as before."""
+"""Temporary edits of a model: inside a ``with``, a part is gone or changed; after it, everything is as before."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from compress.decoder import Block, Decoder
-from compress.remote_code import set_submodule, submodule
+from compress.lowrank import LowRank
+from compress.remote_code import linears, set_submodule, share_weights, submodule
 
 
 @contextmanager
@@ -70,6 +72,65 @@ def starting_at(decoder: Decoder, index: int, hidden_states: Tensor) -> Iterator
             hook.remove()
         for i, module in enumerate(replaced):
             blocks[i] = module
+
+
+@contextmanager
+def scaled(decoder: Decoder, gates: Tensor) -> Iterator[None]:
+    """Scale what each block adds to the residual stream: h + g (Block(h) - h).
+
+    A gate of 1 is the block and one of 0 its absence, both exactly; gradients flow to the gates.
+
+    Args:
+        decoder: the model.
+        gates: (L,), in fp32 or wider.
+    """
+
+    def scale(place: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            gate = gates[place].to(output.device)
+            return torch.lerp(args[0].to(gate.dtype), output.to(gate.dtype), gate).to(output.dtype)
+
+        return hook
+
+    hooks = [module.register_forward_hook(scale(i)) for i, module in enumerate(decoder.block_list)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def sharing(blocks: Sequence[Block], owner: Block, *, own_biases: bool = False) -> Iterator[None]:
+    """Let some blocks compute with the weights of another of their kind; each keeps its norms."""
+    kept = [(module, module.weight, module.bias) for block in blocks for _, module in linears(block.module)]
+    try:
+        for block in blocks:
+            share_weights(block.module, owner.module, own_biases=own_biases)
+        yield
+    finally:
+        for module, weight, bias in kept:
+            module.weight, module.bias = weight, bias
+
+
+@contextmanager
+def added(pairs: Mapping[nn.Module, LowRank]) -> Iterator[None]:
+    """Add the product of a low-rank pair to what each linear computes; linears may have a pair in common."""
+
+    def add(pair: LowRank) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            inputs = args[0]
+            low = nn.functional.linear(inputs, pair.right.to(inputs.dtype))
+            return output + nn.functional.linear(low, pair.left.to(inputs.dtype))
+
+        return hook
+
+    hooks = [module.register_forward_hook(add(pair)) for module, pair in pairs.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

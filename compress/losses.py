@@ -1,6 +1,7 @@
-"""Pure losses: how far a student's hidden states are from a teacher's. Arithmetic is in fp32 or wider.
+"""Pure losses: how far a student's hidden states or predictions are from a teacher's. Arithmetic is in fp32 or wider.
 
-Every loss takes (B, T, D) tensors of B rows, T tokens and D channels, and gives one number.
+Losses on hidden states take (B, T, D) tensors of B rows, T tokens and D channels, those on predictions take logits
+(B, T, V); all give one number.
 """
 
 from __future__ import annotations
@@ -46,6 +47,51 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     """One minus the cosine of each token, averaged over tokens."""
     return 1 - functional.cosine_similarity(wide(student), wide(teacher), dim=-1).mean()
+
+
+def relative_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference over the mean square of the teacher's states."""
+    return mse(student, teacher) / wide(teacher).square().mean()
+
+
+def logit_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), in nats, the mean over tokens.
+
+    Source: Hinton et al. 2015, with the factor that keeps gradients alike over temperatures.
+    """
+    q = functional.log_softmax(wide(student) / temperature, dim=-1)
+    p = functional.log_softmax(wide(teacher) / temperature, dim=-1)
+    kl = functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    return temperature**2 * kl.mean()
+
+
+def next_token(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (B, T, V) with the tokens that come next, int64 (B, T), in nats."""
+    return functional.cross_entropy(wide(logits).flatten(0, 1), targets.flatten())
+
+
+def by_chunks(states: Tensor, loss: Callable[[Tensor, int], Tensor], size: int) -> Tensor:
+    """A loss that is a sum over tokens, computed with its gradient so many tokens at a time.
+
+    What lies between the states and the loss, such as logits over a large vocabulary, is never held for all tokens.
+
+    Args:
+        states: (B, T, D).
+        loss: of a part (B, t, D) that begins at a token.
+        size: tokens t a part.
+
+    Returns:
+        The sum over all parts, from which gradients flow to ``states``.
+    """
+    total = states.new_zeros((), dtype=torch.promote_types(states.dtype, torch.float32))
+    gradients: list[Tensor] = []
+    for start in range(0, states.shape[1], size):
+        part = states[:, start : start + size].detach().requires_grad_()
+        value = loss(part, start)
+        gradients += torch.autograd.grad(value, part)
+        total = total + value.detach()
+    slope = (states * torch.cat(gradients, dim=1)).sum()
+    return total + (slope - slope.detach())
 
 
 LOSSES: dict[str, Loss] = {"batch_kl": batch_kl, "mse": mse, "cosine": cosine, "feature_kl": feature_kl}

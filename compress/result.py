@@ -27,6 +27,7 @@ class Run:
         scratch: a folder for what an interrupted run can go on from; None keeps nothing. It may be removed any time.
         consume: the model given may be cut in place, so that a big one is not held twice. Without it the model given is
             not changed.
+        teacher: the model that a method learns from, where it is not the model given; same tokens. Not changed.
         spill_bytes: hidden states up to so many bytes are held in memory at a time, and as many bytes of weights beside
             the model; what is more lies in memory-mapped files in ``scratch``.
     """
@@ -35,6 +36,7 @@ class Run:
     device: str = "cpu"
     scratch: Path | None = None
     consume: bool = False
+    teacher: PreTrainedModel | None = None
     spill_bytes: int = 2_000_000_000
 
 

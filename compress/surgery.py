@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from compress.arch import composite_of
 from compress.decoder import Block, Decoder
-from compress.errors import BudgetError, UnsupportedArchitecture
+from compress.errors import BudgetError, ConfigError, UnsupportedArchitecture
 from compress.layout import layout_of
 from compress.remote_code import (
     adapt,
@@ -146,6 +146,50 @@ def drop_blocks(model: PreTrainedModel, blocks: Sequence[int]) -> None:
         if getattr(decoder.config, key, None) is not None:
             setattr(decoder.config, key, [getattr(decoder.config, key)[i] for i in kept])
     settle(model)
+
+
+def removable(
+    model: PreTrainedModel, goes: int, blocks: Sequence[int] | None, protect: Sequence[int], sparsity: float
+) -> frozenset[int]:
+    """Check which blocks may go.
+
+    Args:
+        model: on any device.
+        goes: how many are to go.
+        blocks: that are to go; None where they will be chosen.
+        protect: that stay; negative ones count from the end.
+        sparsity: that was asked for, for messages.
+
+    Returns:
+        The protected ones, counted from the start.
+
+    Raises:
+        BudgetError: too many are protected, or none that attends would be left.
+        ConfigError: a block that is not there, one that is to go and to stay, or another number than is to go.
+    """
+    count = len(Decoder(model))
+    for name, named, low in (("blocks", blocks or (), 0), ("protect", protect, -count)):
+        if wrong := [place for place in named if not low <= place < count]:
+            raise ConfigError(f"{name}: there is no block {wrong[0]}; the model has blocks 0 to {count - 1}")
+    protected = frozenset(place % count for place in protect)
+    if blocks is not None:
+        if len(blocks) != goes:
+            raise ConfigError(
+                f"blocks names {len(blocks)}, and sparsity {sparsity} of {count} blocks is {goes}: "
+                "name as many, or change the sparsity"
+            )
+        if kept := protected.intersection(blocks):
+            raise ConfigError(f"block {min(kept)} is among those to remove and among those to protect")
+    attending = set(layout_of(model).attention_blocks)
+    if not attending - set(blocks or ()):
+        raise BudgetError("no block that attends would be left: leave one of those out")
+    # One that attends stays, and where few do it may be one that is not protected.
+    if count - len(protected | (attending if len(attending) == 1 else set())) < goes:
+        raise BudgetError(
+            f"sparsity {sparsity} removes {goes} of {count} blocks, and {len(protected)} are protected: "
+            "protect fewer, or lower the sparsity"
+        )
+    return protected
 
 
 def check_may_differ(model: PreTrainedModel, what: str) -> None:

@@ -1,9 +1,13 @@
-"""Export to ONNX, for onnxruntime, onnxruntime-genai, optimum and transformers.js; plain and ragged, fp32 and int4.
+"""Export to ONNX, for onnxruntime, onnxruntime-genai, optimum and transformers.js; any layout, fp32 and int4.
 
 The graph is made by the model builder of onnxruntime-genai (MIT), whose classes are meant to be subclassed. Ours reads
 the live model, gives each block its own FFN width, leaves out attentions that are gone, and numbers the caches densely:
 K attentions among L blocks are caches 0..K-1, and ``num_hidden_layers`` in genai_config.json and config.json is K, for
 that is what the runtimes count caches with. The true blocks are in export.json.
+
+Weights that blocks share are written, and quantised, once: what counts is that they are the same tensor in memory, not
+that their values are equal. Each block that uses them has norms and a cache of its own, and its adapters, if it has
+any, are products of their own in fp32.
 
 Where we differ from what the builder's command line writes:
 
@@ -27,7 +31,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -78,7 +82,7 @@ def export(
     """Write an ONNX export folder and check it.
 
     Args:
-        loaded: a plain or ragged model; not changed.
+        loaded: a model of any layout; not changed.
         path: the folder to write; it appears whole, or not at all.
         options: dtype ``"fp32"`` (default) or ``"int4"``.
         check_tokens: int64 (B, T), tokens to compare source and export on.
@@ -319,7 +323,7 @@ def builder_class(builder: ModuleType, config: Any) -> Any:
 
 
 class _LiveModel:
-    """What a live, maybe ragged model changes in any class of the builder."""
+    """What a live model, whose blocks may differ or share, changes in any class of the builder."""
 
     base_class: Any
 
@@ -336,6 +340,8 @@ class _LiveModel:
         self.live = live
         self.progress = progress
         self.live_blocks = Decoder(live).blocks
+        self.written: dict[tuple[object, ...], tuple[str, Tensor]] = {}
+        self.packed: dict[tuple[int, ...], Any] = {}
         super().__init__(config, io_dtype, onnx_dtype, "cpu", cache_folder, extra_options)  # type: ignore[call-arg]
         for shapes in (self.input_shapes, self.output_shapes):
             for name, shape in shapes.items():
@@ -423,6 +429,98 @@ class _LiveModel:
     def get_mlp_module(self: Any, layer_id: int, layer: Any) -> nn.Module:
         return _view(layer.mlp)
 
+    def make_initializer(self: Any, tensor: Any, /, name: str, **options: Any) -> None:
+        """Write a tensor once: when it comes again, its name there stands for what was written.
+
+        The tensor is held, so that no other one can come to lie where it lies.
+        """
+        if isinstance(tensor, Tensor):
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+            first, _ = self.written.setdefault(place, (name, tensor))
+            if first != name:
+                self.values[name] = self.values[first]
+                return
+        super().make_initializer(tensor, name, **options)  # type: ignore[misc]
+
+    def make_packed_matmul_float_class(self: Any, *matmuls: Any, **kwargs: Any) -> Any:
+        """q|k|v as one matrix; of the same three it is the same one."""
+        key = tuple(each.weight.data_ptr() for each in matmuls)
+        if key not in self.packed:
+            self.packed[key] = super().make_packed_matmul_float_class(*matmuls, **kwargs)  # type: ignore[misc]
+        return self.packed[key]
+
+    def make_packed_add_tensor(self: Any, *biases: Tensor) -> Any:
+        """The same, of biases."""
+        key = tuple(each.data_ptr() for each in biases)
+        if key not in self.packed:
+            self.packed[key] = super().make_packed_add_tensor(*biases)  # type: ignore[misc]
+        return self.packed[key]
+
+    def to_nbits(self: Any) -> Any:
+        """Quantise each matrix where it is used first; its other uses follow."""
+        first: dict[Any, Any] = {}
+        followers: dict[str, str] = {}
+        for node in self.model.graph:
+            if node.op_type == "MatMul" and node.inputs[1].is_initializer():
+                leader = first.setdefault(node.inputs[1], node)
+                if leader is not node:
+                    followers[node.name] = leader.outputs[0].name
+                    self.exclude_node_from_quantization(node.name)
+        model = super().to_nbits()  # type: ignore[misc]
+        made = {value.name: node for node in model.graph for value in node.outputs}
+        for node in model.graph:
+            if node.name in followers:
+                _follow(node, made[followers[node.name]])
+        return model
+
+    def make_matmul(self: Any, matmul: Any, basename: str, root_input: str, **kwargs: Any) -> str:
+        """A product, and beside it that of the adapter."""
+        name: str = super().make_matmul(matmul, basename, root_input, **kwargs)  # type: ignore[misc]
+        if not hasattr(matmul, "lora_left"):
+            return name
+        path = basename.rpartition("/")[0]
+        return str(self.add_to(name, self.make_adapter(matmul, path, root_input), path, len(matmul.weight)))
+
+    def make_packed_matmul(self: Any, q: Any, k: Any, v: Any, basename: str, root_input: str, **kwargs: Any) -> str:
+        """The product of q|k|v, and beside it those of their adapters, which are not packed."""
+        name: str = super().make_packed_matmul(q, k, v, basename, root_input, **kwargs)  # type: ignore[misc]
+        if not hasattr(q, "lora_left"):
+            return name
+        path = basename.rpartition("/")[0]
+        products = [
+            self.make_adapter(each, f"{path}/{part}", root_input) for each, part in zip((q, k, v), "qkv", strict=True)
+        ]
+        width = sum(len(each.weight) for each in (q, k, v))
+        self.make_concat(f"{path}/Concat", products, self.io_dtype, self.make_hidden_state_shape(last_dim=width), -1)
+        return str(self.add_to(name, f"{path}/Concat/output_0", path, width))
+
+    def make_adapter(self: Any, matmul: Any, path: str, root_input: str) -> str:
+        """The product of an adapter, whose matrices are too small to be quantised. Returns the name of the output."""
+        for part in ("lora_right", "lora_left"):
+            name = f"{path}/{part}/MatMul"
+            self.make_matmul_float(SimpleNamespace(weight=getattr(matmul, part)), name, root_input)
+            self.exclude_node_from_quantization(name)
+            root_input = f"{name}/output_0"
+        return root_input
+
+    def add_to(self: Any, name: str, product: str, path: str, width: int) -> str:
+        """Add the product of an adapter to what node `name` gives. Returns the name of the node that does."""
+        shape = self.make_hidden_state_shape(last_dim=width)
+        self.make_add(f"{path}/lora/Add", [f"{name}/output_0", product], dtype=self.io_dtype, shape=shape)
+        return f"{path}/lora/Add"
+
+    def make_attention_unpacked_regular(
+        self: Any, layer_id: int, attention: Any, qkv_linear: nn.Module, root_input: str, **kwargs: Any
+    ) -> None:
+        super().make_attention_unpacked_regular(layer_id, attention, qkv_linear, root_input, **kwargs)  # type: ignore[misc]
+        _split_adapter(qkv_linear, attention.q_proj, attention.k_proj, attention.v_proj)
+
+    def make_mlp_unpacked_regular(
+        self: Any, layer_id: int, mlp: Any, gate_up_linear: nn.Module, root_input: str
+    ) -> None:
+        super().make_mlp_unpacked_regular(layer_id, mlp, gate_up_linear, root_input)  # type: ignore[misc]
+        _split_adapter(gate_up_linear, mlp.gate_proj, mlp.up_proj)
+
     def save_model(self: Any, out_dir: str) -> None:
         """Quantise and save, without the builder's bar on stderr and without its guess at a git commit."""
         import onnx_ir
@@ -442,6 +540,26 @@ def _view(module: nn.Module) -> nn.Module:
     view = copy.copy(module)
     view._modules = dict(module._modules)
     return view
+
+
+def _split_adapter(fused: Any, *parts: Any) -> None:
+    """Give the parts of a fused linear their rows of its adapter, if it has one."""
+    if hasattr(fused, "lora_left"):
+        rows = fused.lora_left.split([len(part.weight) for part in parts])
+        for part, left in zip(parts, rows, strict=True):
+            part.lora_left, part.lora_right = left, fused.lora_right
+
+
+def _follow(node: Any, leader: Any) -> None:
+    """Let a MatMul multiply as another does that had the same matrix, and drop that matrix when nobody reads it."""
+    matrix = node.inputs[1]
+    node.op_type, node.domain = leader.op_type, leader.domain
+    node.attributes.update(leader.attributes)
+    node.resize_inputs(len(leader.inputs))
+    for i, value in enumerate(leader.inputs[1:], start=1):
+        node.replace_input_with(i, value)
+    if not matrix.uses():
+        del matrix.graph.initializers[matrix.name]
 
 
 # --- What lies beside the graph

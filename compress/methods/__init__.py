@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.errors import ConfigError
-from compress.methods import baselines, fusegpt, two_ssp
+from compress.methods import baselines, foldgpt, fusegpt, two_ssp
 from compress.result import CompressedModel
 from compress.schema import configured
 
@@ -39,6 +39,9 @@ METHODS: dict[str, Method] = {
     "2ssp": Method(two_ssp.TwoSSPConfig, two_ssp.compress, two_ssp.outline, "2SSP, Sandri et al. 2025"),
     "fusegpt": Method(
         fusegpt.FuseGPTConfig, fusegpt.compress, fusegpt.outline, "FuseGPT, Pei et al. 2024", fusegpt.memory
+    ),
+    "foldgpt": Method(
+        foldgpt.FoldGPTConfig, foldgpt.compress, foldgpt.outline, "FoldGPT, Liu et al. 2024", foldgpt.memory
     ),
     "shortgpt": Method(
         baselines.SimilarityConfig, baselines.shortgpt, baselines.similarity_outline, "ShortGPT, Men et al. 2024"

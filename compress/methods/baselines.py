@@ -36,6 +36,7 @@ from compress.errors import BudgetError, ConfigError
 from compress.gating import BlockForwards
 from compress.layout import layout_of
 from compress.methods import two_ssp
+from compress.options import check_share
 from compress.ranking import lowest_indices, top_indices
 from compress.result import CompressedModel, Report, Run
 from compress.surgery import (
@@ -63,8 +64,7 @@ class ShareConfig:
     sparsity: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise ConfigError(f"sparsity={self.sparsity} is not a share; give one from 0 up to, not including, 1")
+        check_share("sparsity", self.sparsity)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,19 +38,21 @@ from compress import budget
 from compress.activations import block_states, inputs_seen, through
 from compress.calibration import TokenRows, parts
 from compress.decoder import Decoder, Projection
-from compress.errors import BudgetError, ConfigError
+from compress.device import autocast
+from compress.errors import ConfigError
 from compress.files import new_file
 from compress.gating import evaluating
 from compress.grafting import Grafts, Made, Ranks, base, coefficients
 from compress.influence import RANKINGS, cosines
 from compress.layout import layout_of
 from compress.losses import LOSSES, wide
+from compress.options import check_flag, check_known, check_positive, check_seed, check_share, check_whole, places
 from compress.ranking import lowest_indices
 from compress.remote_code import linears
 from compress.result import CompressedModel, Report, Run
 from compress.resume import identity
 from compress.spill import Store
-from compress.surgery import check_owns, clone, drop_blocks
+from compress.surgery import check_owns, clone, drop_blocks, removable
 from compress.training import Group, optimise
 
 SCORING_ROWS = 32
@@ -117,33 +118,28 @@ class FuseGPTConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise ConfigError(f"sparsity={self.sparsity} is not a share; give one from 0 up to, not including, 1")
+        for name in ("sparsity", "warmup"):
+            check_share(name, getattr(self, name))
         for name in ("window", "rerank_window"):
             size = getattr(self, name)
             if type(size) is not int or size < 2 or size % 2:
                 raise ConfigError(f"{name}={size!r} is not even: it holds as many blocks before as after; give 8 or 4")
-        for name, low in (("batch", 1), ("epochs", 1), ("rerank_epochs", 1), ("scoring_rows", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if not (name == "scoring_rows" and value is None) and (type(value) is not int or value < low):
-                raise ConfigError(f"{name}={value!r} is not a whole number from {low} up")
-        if self.seed >= 2**32:
-            raise ConfigError(f"seed={self.seed} is too large: give one below {2**32}")
+        for name in ("batch", "epochs", "rerank_epochs"):
+            check_whole(name, getattr(self, name), 1)
+        if self.scoring_rows is not None:
+            check_whole("scoring_rows", self.scoring_rows, 1)
+        check_seed(self.seed)
         for name in ("coefficient_rank", "lora_rank", "held_out", "rerank"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not a whole number from 0 up")
+            check_whole(name, getattr(self, name), 0)
         for name in ("coefficient_lr", "base_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not a positive number")
-        if not 0 <= self.warmup < 1:
-            raise ConfigError(f"warmup={self.warmup} is not a share; give one from 0 up to, not including, 1")
-        _known("ranking", self.ranking, RANKINGS)
-        _known("loss", self.loss, LOSSES)
-        _known("precision", self.precision, ("fp32", "bf16"))
-        if type(self.iterative) is not bool:
-            raise ConfigError(f"iterative={self.iterative!r} is neither true nor false")
-        for name in ("blocks", "protect"):
-            object.__setattr__(self, name, _places(name, getattr(self, name)))
+            check_positive(name, getattr(self, name))
+        check_known("ranking", self.ranking, RANKINGS)
+        check_known("loss", self.loss, LOSSES)
+        check_known("precision", self.precision, ("fp32", "bf16"))
+        check_flag("iterative", self.iterative)
+        if self.blocks is not None:
+            object.__setattr__(self, "blocks", places("blocks", self.blocks))
+        object.__setattr__(self, "protect", places("protect", self.protect))
         if self.tunes and self.loss == "batch_kl" and self.batch < 2:
             raise ConfigError(f"batch={self.batch}: batch_kl compares the rows of a batch; give 2 or more, or loss=mse")
 
@@ -151,22 +147,6 @@ class FuseGPTConfig:
     def tunes(self) -> bool:
         """Whether anything learns; otherwise blocks are deleted."""
         return self.coefficient_rank > 0 or self.lora_rank > 0
-
-
-def _known(name: str, value: Any, known: Mapping[str, Any] | Sequence[str]) -> None:
-    if not isinstance(value, str) or value not in known:
-        raise ConfigError(f"{name}={value!r} is not known; give {', '.join(known)}")
-
-
-def _places(name: str, value: Any) -> tuple[int, ...] | None:
-    """A list of blocks as a tuple."""
-    if value is None and name == "blocks":
-        return None
-    if not isinstance(value, (list, tuple)) or any(type(place) is not int for place in value):
-        raise ConfigError(f"{name}={value!r} is not a list of blocks; give for example [0, 12]")
-    if len(set(value)) < len(value):
-        raise ConfigError(f"{name}={list(value)} names a block twice")
-    return tuple(value)
 
 
 def compress(
@@ -231,27 +211,7 @@ def plan_for(model: PreTrainedModel, rows: int, config: FuseGPTConfig) -> Plan:
     goes = budget.blocks_to_remove(config.sparsity, blocks)
     if goes and config.tunes:
         check_owns(model, "fusing")
-    for name, places, low in (("blocks", config.blocks or (), 0), ("protect", config.protect, -blocks)):
-        if wrong := [place for place in places if not low <= place < blocks]:
-            raise ConfigError(f"{name}: there is no block {wrong[0]}; the model has blocks 0 to {blocks - 1}")
-    protected = frozenset(place % blocks for place in config.protect)
-    if config.blocks is not None:
-        if len(config.blocks) != goes:
-            raise ConfigError(
-                f"blocks names {len(config.blocks)}, and sparsity {config.sparsity} of {blocks} blocks is {goes}: "
-                "name as many, or change the sparsity"
-            )
-        if kept := protected.intersection(config.blocks):
-            raise ConfigError(f"block {min(kept)} is among those to remove and among those to protect")
-    attending = set(layout_of(model).attention_blocks)
-    if not attending - set(config.blocks or ()):
-        raise BudgetError("no block that attends would be left: leave one of those out")
-    # One that attends stays, and where few do it may be one that is not protected.
-    if blocks - len(protected | (attending if len(attending) == 1 else set())) < goes:
-        raise BudgetError(
-            f"sparsity {config.sparsity} removes {goes} of {blocks} blocks, and {len(protected)} are protected: "
-            "protect fewer, or lower the sparsity"
-        )
+    protected = removable(model, goes, config.blocks, config.protect, config.sparsity)
     scored = min(SCORING_ROWS, rows) if config.scoring_rows is None else config.scoring_rows
     if goes:
         for name in ("window", *(["rerank_window"] if config.rerank else [])):
@@ -496,10 +456,10 @@ class _Fusion:
         def student(rows: slice | Tensor) -> Tensor:
             values = {f"{block}.{name}": graft() for block, of in here.items() for name, graft in of.items()}
             inputs, hidden = self.calibration.batch(rows, device), entering[rows].to(device)
-            with self._autocast():
+            with autocast(self.model, self.run.device):
                 return through(decoder, inputs, hidden, window.start, window.stop - 1, values)
 
-        def loss(rows: Tensor) -> Tensor:
+        def loss(rows: Tensor, step: int) -> Tensor:
             ours = student(rows)
             return LOSSES[config.loss](ours, leaving[rows].to(ours.device))
 
@@ -521,7 +481,7 @@ class _Fusion:
                 progress=self.run.progress,
                 what=what,
                 warmup=config.warmup,
-            )
+            ).losses
         after = self._held_out_error(student, leaving)
         for i, block in survivors.items():
             grafts.fold(block, left[i])
@@ -537,7 +497,7 @@ class _Fusion:
         sets: list[Tensor] = []
         for part in parts(rows, length):
             inputs = self.calibration.batch(part, self.run.device)
-            with inputs_seen([decoder.block_list[window.start]]) as seen, self._autocast():
+            with inputs_seen([decoder.block_list[window.start]]) as seen, autocast(self.model, self.run.device):
                 after = through(decoder, inputs, None, 0, window.stop)
             for place, states in enumerate((seen[0], after)):
                 if len(sets) == place:
@@ -546,13 +506,6 @@ class _Fusion:
             self.run.progress("fusegpt: around the window", part.stop, rows)
         entering, leaving = sets
         return entering, leaving
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        """bf16 for the matrix products of an fp32 model on a GPU."""
-        device = torch.device(self.run.device)
-        if device.type == "cuda" and self.model.dtype == torch.float32:
-            return torch.autocast("cuda", torch.bfloat16)
-        return nullcontext()
 
     @torch.no_grad()
     def _held_out_error(self, student: Callable[[slice | Tensor], Tensor], leaving: Tensor) -> float | None:

@@ -29,6 +29,7 @@ from compress.decoder import Decoder
 from compress.errors import BudgetError, ConfigError
 from compress.gating import BlockForwards
 from compress.layout import layout_of
+from compress.options import check_share
 from compress.ranking import top_indices
 from compress.result import CompressedModel, Report, Run
 from compress.surgery import check_may_differ, clone, cut_ffn, drop_attention, keep_neurons
@@ -52,8 +53,7 @@ class TwoSSPConfig:
     divisor: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise ConfigError(f"sparsity={self.sparsity} is not a share; give one from 0 up to, not including, 1")
+        check_share("sparsity", self.sparsity)
         if not self.alpha > 0:
             raise ConfigError(f"alpha={self.alpha} is not positive; the paper uses 1.5")
         if self.neuron_norm not in ("l1", "l2"):

@@ -19,7 +19,7 @@ def steps(warmup: float, epochs: int = 4, rate: float = 0.1) -> list[float]:
     parameter = nn.Parameter(torch.zeros(()))
     seen = [0.0]
 
-    def loss(rows: Tensor) -> Tensor:
+    def loss(rows: Tensor, step: int) -> Tensor:
         seen.append(parameter.item())
         return parameter * 1.0
 
@@ -51,14 +51,14 @@ def test_only_what_learns_gets_gradients() -> None:
     learns, other = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     options = {"rows": 2, "batch": 1, "epochs": 1, "generator": torch.Generator(), "progress": no_progress}
     with torch.no_grad():
-        losses = optimise([Group([learns], 0.1)], lambda rows: (learns * other).sum(), what="test", **options)  # type: ignore[arg-type]
+        learnt = optimise([Group([learns], 0.1)], lambda rows, step: (learns * other).sum(), what="test", **options)  # type: ignore[arg-type]
     assert other.grad is None
     assert learns.max() < 1
-    assert losses[0] < 3
+    assert learnt.losses[0] < 3
 
 
 def test_a_loss_that_is_no_number_ends_it() -> None:
     parameter = nn.Parameter(torch.ones(()))
     options = {"rows": 2, "batch": 1, "epochs": 1, "generator": torch.Generator(), "progress": no_progress}
     with pytest.raises(FoldawayError, match="lower the learning rates"):
-        optimise([Group([parameter], 0.1)], lambda rows: parameter * math.nan, what="test", **options)  # type: ignore[arg-type]
+        optimise([Group([parameter], 0.1)], lambda rows, step: parameter * math.nan, what="test", **options)  # type: ignore[arg-type]
