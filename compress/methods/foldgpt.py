@@ -220,6 +220,7 @@ def compress(
         folding.remove()
         folding.share()
         folding.heal()
+    folding.count_teacher()
     layout, after = layout_of(pruned), budget.costs(pruned)
     numbers = {
         **folding.numbers,
@@ -422,7 +423,8 @@ class _Folding:
         held_out = self.calibration.rows(slice(self.plan.learnt, None))
         if config.ranking != GATES:
             scores = RANKINGS[config.ranking](self.decoder, held_out, config.held_out, self.run)
-            self._count(config.held_out * (blocks if config.ranking == "block_influence" else blocks * blocks / 2))
+            whole = config.ranking != "block_influence"  # then a trial for each block runs those above it
+            self._count(config.held_out * (blocks + whole * blocks * (blocks - 1) // 2))
             return {"blocks_removed": self._lowest(scores), "scores": scores}
         gates, losses = self._learn_gates(kept)
         influence = block_influence(self.decoder, held_out, config.held_out, self.run)
@@ -493,7 +495,8 @@ class _Folding:
             what="foldgpt: gates",
             kept=kept,
         )
-        self._count(3 * config.gate_steps * config.batch * len(decoder))
+        # The first block is not learnt through: only what it gives counts for its gate.
+        self._count(config.gate_steps * config.batch * (3 * len(decoder) - 2))
         return gates(config.gate_eps).tolist(), list(learnt.losses)
 
     @torch.no_grad()
@@ -682,8 +685,12 @@ class _Folding:
             seen.append(self._teacher.last[self.plan.learnt :][:1])
         return identity(self.decoder, f"foldgpt {what} {self.calibration.sha256}", seen)
 
-    def _count(self, block_forwards: float) -> None:
-        self.numbers["block_forwards"] += int(block_forwards)
+    def _count(self, block_forwards: int) -> None:
+        self.numbers["block_forwards"] += block_forwards
+
+    def count_teacher(self) -> None:
+        """Add the passes of the teacher to the report."""
+        self._count(0 if self._teacher is None else self._teacher.block_forwards)
 
     def _judge(self, stage: str) -> None:
         """Write down the divergence on the rows held out."""

@@ -50,6 +50,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "rerank": 2,
         "rerank_window": 2,
     },
+    "foldgpt": {
+        "sparsity": 0.1,
+        "protect": [0, 1],  # which are alike in all tiny models, so that two can always share
+        "gate_steps": 3,
+        "gate_lr": 0.5,
+        "keep_ends": 0,
+        "boundaries": "greedy",
+        "batch": 1,
+        "lora_rank": 2,
+        "lora_lr": 0.01,
+        "norm_lr": 0.01,
+        "held_out": 1,
+    },
     "shortgpt": {"sparsity": 0.3},
     "window": {"sparsity": 0.3},
     "sleb": {"sparsity": 0.3},
@@ -61,6 +74,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # For each field of a method's configuration: another value that can be meant, and values that cannot.
 NO_SHARE = [1.2, 1, -0.1, float("nan"), "half", None]
 NO_BALANCE = [0, -1.5, float("nan"), "much"]
+NO_RATE = [0, -1, float("nan"), float("inf"), "high", None]
+NO_WEIGHT = [-1, float("nan"), float("inf"), "much", None]
 CHANGES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
     "2ssp": {
         "sparsity": (0.3, NO_SHARE),
@@ -91,6 +106,39 @@ CHANGES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
         "rerank_epochs": (4, [0, -1, 1.5, "3", None]),
         "seed": (1, [-1, 1.5, "0", None]),
     },
+    "foldgpt": {
+        "sparsity": (0.3, NO_SHARE),
+        "ranking": ("loss", ["mi", "", None, ["loss"]]),
+        "blocks": ([2], [[2, 3], [5], [-1], [0], [0.5], 2, "2"]),
+        "protect": ([3, 4], [[5], [-6], [3, 3], 3, "3", None]),
+        "check": (False, [1, None, "no"]),
+        "gate_steps": (2, [0, 1.5, "3", None]),
+        "gate_lr": (0.3, NO_RATE),
+        "gate_eps": (1e-3, [0, -1, 0.2, float("nan"), "low", None]),
+        "flops_weight": (0.0, NO_WEIGHT),
+        "polarisation_weight": (5.0, NO_WEIGHT),
+        "group": (1, [0, 5, 1.5, "2", None]),
+        "keep_ends": (1, [-1, 2, 1.5, "0", None]),
+        "boundaries": ("fixed", ["best", "", None]),
+        "groups": (1, [0, 3, 1.5, "1"]),
+        "parent": ("mean", ["last", "", None]),
+        "own_biases": (True, [1, None, "no"]),
+        "adapter_rank": (2, [-1, 1.5, "3", None, True]),
+        "epochs": (2, [-1, 1.5, "3", None]),
+        "batch": (2, [0, 3, 1.5, "3", None]),
+        "lora_rank": (0, [-1, 1.5, "3", None, True]),
+        "lora_lr": (0.1, NO_RATE),
+        "norm_lr": (0.1, NO_RATE),
+        "warmup": (0.5, [*NO_SHARE[:1], "half", None]),
+        "clip": (1e-3, NO_RATE),
+        "next_token": (0.0, NO_WEIGHT),
+        "distil": (0.0, NO_WEIGHT),
+        "temperature": (1.0, NO_RATE),
+        "tail": (1, [-1, 1.5, "3", None]),
+        "tail_weight": (2.0, NO_WEIGHT),
+        "held_out": (2, [0, 4, -1, 0.5, "1", None]),
+        "seed": (1, [-1, 1.5, "0", None]),
+    },
     "shortgpt": {"sparsity": (0.5, NO_SHARE), "tokens": ("all", ["first", 1])},
     "window": {"sparsity": (0.5, NO_SHARE), "tokens": ("all", ["first", 1])},
     "sleb": {"sparsity": (0.5, NO_SHARE), "rows": (2, [0, -1, 1.5, "2", None, True])},
@@ -103,10 +151,19 @@ CHANGES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
         "seed": (1, [-1, 1.5, "0", None]),
     },
 }
-NO_LEARNING: dict[str, dict[str, Any]] = {"fusegpt": {"coefficient_rank": 0, "lora_rank": 0}}
-BY_BLOCK = ["fusegpt", "shortgpt", "window", "sleb"]
+# What an option needs beside it to matter: places that no group fits, and like blocks away from the ends.
+BESIDE: dict[tuple[str, str], dict[str, Any]] = {
+    ("foldgpt", "boundaries"): {"sparsity": 0.3},
+    ("foldgpt", "keep_ends"): {"blocks": [2]},
+}
+NO_LEARNING: dict[str, dict[str, Any]] = {
+    "fusegpt": {"coefficient_rank": 0, "lora_rank": 0},
+    "foldgpt": {"group": 1, "epochs": 0},
+}
+BY_BLOCK = ["fusegpt", "foldgpt", "shortgpt", "window", "sleb"]
 BY_NEURON = ["magnitude", "wanda"]
 GREEDY = ["2ssp", "sleb", "blockpruner"]
+NOT_PLAIN = ["2ssp", "blockpruner", "foldgpt"]
 # Attentions that go, and FFNs that go; a block in both lists goes whole. -1 stands for all of them.
 MIXTURES: list[tuple[list[int], list[int]]] = [
     ([], [0]),
@@ -310,7 +367,7 @@ def test_the_order_in_which_parts_are_dropped_does_not_matter(architecture: str)
 
 def test_nothing_to_remove_changes_nothing_bit_for_bit(method: str, architecture: str) -> None:
     model = tiny(architecture)
-    result = run(method, model, sparsity=0)
+    result = run(method, model, sparsity=0, **(NO_LEARNING[method] if method == "foldgpt" else {}))
     assert fingerprint(result.model) == fingerprint(model)
     assert torch.equal(logits(result.model), logits(model))
     assert result.report.numbers["parameters_after"] == result.report.numbers["parameters_before"]
@@ -341,21 +398,21 @@ def test_a_saved_model_loads_with_the_same_logits_layout_and_bytes(
     assert {name: again.files[name] for name in weights} == {name: manifest.files[name] for name in weights}
 
 
-def test_stock_transformers_loads_a_plain_artifact_and_trusted_code_a_ragged_one(
+def test_stock_transformers_loads_a_plain_artifact_and_trusted_code_another(
     method: str, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     result = compressed(method, architecture)
     save(result, tmp_path / "a")
-    ragged = layout_of(result.model).kind == "ragged"
+    ragged = layout_of(result.model).kind != "plain"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a", trust_remote_code=ragged, dtype="auto").eval()
     assert torch.equal(logits(loaded), logits(result.model))
     assert (loaded.config.model_type == architecture) is not ragged
     assert loaded.config.get_text_config().vocab_size == result.model.config.vocab_size
 
 
-@pytest.mark.parametrize("method", ["2ssp", "blockpruner"])
-def test_a_ragged_folder_that_lost_its_manifest_is_still_read_as_ragged(
+@pytest.mark.parametrize("method", NOT_PLAIN)
+def test_a_folder_that_lost_its_manifest_is_still_read_as_what_it_is(
     architecture: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when an artifact comes back from a hub: the model must not be taken for one with all its attentions."""
@@ -381,10 +438,10 @@ assert not {"compress", "exporters"} & set(sys.modules), "foldaway was imported"
 """
 
 
-def test_ragged_artifacts_run_where_foldaway_is_not_installed(tmp_path: Path) -> None:
+def test_ragged_and_shared_artifacts_run_where_foldaway_is_not_installed(tmp_path: Path) -> None:
     ours = {
         f"{method}-{model_type}": compressed(method, model_type).model
-        for method in ("2ssp", "blockpruner")
+        for method in NOT_PLAIN
         for model_type in ARCHITECTURES
     }
     assert any(not block.has_ffn for model in ours.values() for block in Decoder(model))
@@ -626,7 +683,8 @@ def test_an_outline_has_the_size_of_the_result_and_about_its_passes(method: str,
         Reference(tiny(architecture)),
     )
     passes = METHODS[method].outline(shape, len(ROWS.tokens), method_config(method, OPTIONS[method]))
-    slack = masked.a + masked.f if method == "blockpruner" else 0  # which parts go depends on the weights
+    # Which parts go, and in gemma3 which blocks have like neighbours then, depends on the weights.
+    slack = masked.a + masked.f if method in ("blockpruner", "foldgpt") else 0
     assert abs(budget.count(shape).blocks - budget.count(result.model).blocks) <= slack
     assert passes == pytest.approx(result.report.numbers["block_forwards"] / masked.B, rel=0.4)
 
@@ -780,10 +838,11 @@ def test_another_seed_gives_other_weights_of_the_same_shape(architecture: str) -
 
 @pytest.mark.parametrize(("method", "name"), [(method, name) for method in METHODS for name in CHANGES[method]])
 def test_every_option_changes_the_result(method: str, name: str) -> None:
-    value = CHANGES[method][name][0]
+    value, beside = CHANGES[method][name][0], BESIDE.get((method, name), {})
     # Over the architectures, because a small change of one option may leave one model's choice as it was.
     changed = [
-        outcome(run(method, tiny(model_type), **{name: value})) != outcome(compressed(method, model_type))
+        outcome(run(method, tiny(model_type), **{**beside, name: value}))
+        != outcome(run(method, tiny(model_type), **beside))
         for model_type in ARCHITECTURES
     ]
     assert any(changed)
@@ -791,7 +850,8 @@ def test_every_option_changes_the_result(method: str, name: str) -> None:
 
 def outcome(result: CompressedModel) -> tuple[str, Any]:
     """The model, and what trials said of its blocks where trials decided."""
-    return fingerprint(result.model), result.report.numbers.get("trials")
+    said = ("trials", "gates", "removal_divergence", "sharing_divergence")
+    return fingerprint(result.model), [result.report.numbers.get(name) for name in said]
 
 
 @pytest.mark.parametrize(
@@ -831,6 +891,8 @@ MILD: dict[str, dict[str, Any]] = {
     "sleb": {"sparsity": 0.2},
     "fusegpt": {"sparsity": 0.2, "window": 2},
     "blockpruner": {"sparsity": 0.3},
+    "wanda": {"sparsity": 0.1},
+    "foldgpt": {},
 }
 # What is asked of a model that something has gone from: FFNs are small or gone by then, attentions fewer.
 SECOND: dict[str, dict[str, Any]] = {
@@ -852,6 +914,11 @@ SECOND: dict[str, dict[str, Any]] = {
         ("blockpruner", "sleb"),
         ("2ssp", "fusegpt"),
         ("fusegpt", "fusegpt"),
+        ("wanda", "foldgpt"),
+        ("shortgpt", "foldgpt"),
+        ("fusegpt", "foldgpt"),
+        ("foldgpt", "shortgpt"),
+        ("foldgpt", "sleb"),
         ("blockpruner", "blockpruner"),
         ("blockpruner", "wanda"),
         ("blockpruner", "random"),
@@ -886,13 +953,13 @@ def test_half_precision_stays_half_precision(method: str, model_type: str, tmp_p
     assert torch.equal(logits(loaded), logits(result.model))
 
 
-@pytest.mark.parametrize("method", ["2ssp", "blockpruner"])
-def test_a_copy_of_a_ragged_model_is_independent_of_it(architecture: str, method: str) -> None:
+@pytest.mark.parametrize("method", NOT_PLAIN)
+def test_a_copy_of_such_a_model_is_independent_of_it(architecture: str, method: str) -> None:
     model = compressed(method, architecture).model
     before = fingerprint(model)
     for twin in (clone(model), copy.deepcopy(model)):
         assert torch.equal(logits(twin), logits(model))
-        drop_attention(twin, [layout_of(twin).attention_blocks[-1]])
+        drop_blocks(twin, [layout_of(twin).attention_blocks[-1]])
     assert fingerprint(model) == before
     assert base_config(model.config).model_type == architecture
 
