@@ -20,6 +20,7 @@ from benchmarks.plots import Curve, curves
 from benchmarks.record import VERSION, Model, read_as
 from benchmarks.tasks import TaskScore
 from benchmarks.words import number, quantity, times, with_error
+from compress.budget import Costs
 from compress.evaluate import Perplexity
 from compress.schema import Strict
 
@@ -34,11 +35,15 @@ class ExportedCell:
         dtype: of its weights.
         size_bytes: of graph and weights.
         decode: tokens/second in one process, taking turns with the dense model's export.
+        resident_bytes: what a process of its own holds for it after some tokens, mapped files included.
+        perplexity: as it is shipped, on the same windows.
     """
 
     dtype: str
     size_bytes: int
     decode: PairedRuns
+    resident_bytes: int | None = None
+    perplexity: Perplexity | None = None
 
 
 @dataclass(frozen=True)
@@ -52,13 +57,14 @@ class Cell:
         sparsity: asked for.
         calibration: rows that were looked at: source, hash, size and seed; None for the dense model.
         parameters: distinct weights.
-        layout: "plain" or "ragged".
+        layout: "plain", "ragged" or "shared".
         perplexity: on the evaluation text, with standard error and window losses.
         tasks: zero-shot accuracies; empty where they were not asked for.
         compression_seconds: of the method alone, without loading; None for the dense model.
         peak_rss_bytes: host memory of a process that loads the model and compresses it.
         numbers: the method's own report.
-        exported: size and speed of its export, where that was asked for.
+        exported: what its export is like, where that was asked for.
+        costs: what running it takes.
     """
 
     label: str
@@ -74,6 +80,7 @@ class Cell:
     peak_rss_bytes: int
     numbers: Mapping[str, JsonValue]
     exported: ExportedCell | None = None
+    costs: Costs | None = None
 
     @property
     def accuracy(self) -> float | None:
@@ -199,25 +206,49 @@ def calibration_grid(table: Table) -> Grid:
 
 
 def export_grid(table: Table) -> Grid:
-    """What is shipped: size and decode speed of the exports, against the dense model's."""
+    """What is shipped: size, memory, perplexity and decode speed of the exports, against the dense model's."""
     exported = [cell for cell in (table.dense, *table.cells) if cell.exported is not None]
-    rows = tuple(_exported(cell, table.dense) for cell in exported)
-    headers = ("export", "parameters", "size", "decode", "decode / dense", "parameters dense / candidate")
-    return Grid(headers, rows)
+    headers = ("export", "parameters", "size", "resident", "perplexity", "decode", "decode / dense")
+    return Grid((*headers, "parameters dense / candidate"), tuple(_exported(cell, table.dense) for cell in exported))
 
 
 def _exported(cell: Cell, dense: Cell) -> tuple[str, ...]:
     found = cell.exported
     assert found is not None
     ratio, interval = found.decode.ratio, found.decode.ratio_interval
+    judged = found.perplexity
     return (
         f"{cell.label}, {found.dtype}" + (f", {cell.sparsity:.1%}" if cell.method else ""),
         quantity("parameters", cell.parameters),
         quantity("size_bytes", found.size_bytes),
+        quantity("peak_rss_bytes", found.resident_bytes),
+        "–" if judged is None else with_error(judged.value, judged.standard_error),
         quantity("decode_tokens_per_second", found.decode.candidate_summary.median),
         f"{times(ratio)} ({number(interval.low)} to {number(interval.high)})",
         times(dense.parameters / cell.parameters),
     )
+
+
+def size_grid(table: Table) -> Grid:
+    """What each model weighs and what running it takes, as shares of the dense model, with its perplexity."""
+    rows = tuple(
+        (
+            cell.label + (f", {cell.sparsity:.1%}" if cell.method else ""),
+            quantity("parameters", cell.parameters),
+            f"{cell.parameters / table.dense.parameters:.1%}",
+            *_running(cell, table.dense),
+            with_error(cell.perplexity.value, cell.perplexity.standard_error),
+        )
+        for cell in (table.dense, *table.cells)
+    )
+    return Grid(("model", "stored parameters", "of dense", "FLOPs a token", "KV cache a token", "perplexity"), rows)
+
+
+def _running(cell: Cell, dense: Cell) -> tuple[str, str]:
+    if cell.costs is None or dense.costs is None:
+        return "–", "–"
+    flops = cell.costs.flops_per_token / dense.costs.flops_per_token
+    return f"{flops:.1%}", f"{cell.costs.kv_per_token / dense.costs.kv_per_token:.1%}"
 
 
 GRIDS: dict[str, Callable[[Table], Grid]] = {
@@ -227,6 +258,7 @@ GRIDS: dict[str, Callable[[Table], Grid]] = {
     "cost": cost_grid,
     "calibration": calibration_grid,
     "export": export_grid,
+    "size": size_grid,
 }
 """The tables of a record, by the name that documents ask for them with."""
 

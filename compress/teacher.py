@@ -32,19 +32,21 @@ class Teacher:
         calibration: rows (N, T).
         first: the first row that is looked at.
         run: progress, device, and how much of what is kept lies in memory.
+        also: what leaves these of its blocks is kept as well.
 
     Attributes:
-        depth: its blocks.
+        also: (N, T, D) each.
         last: what leaves its last block, (N, T, D); rows before ``first`` are empty.
         block_forwards: passes of one row through one block so far.
     """
 
-    def __init__(self, decoder: Decoder, calibration: TokenRows, first: int, run: Run) -> None:
+    def __init__(
+        self, decoder: Decoder, calibration: TokenRows, first: int, run: Run, also: Sequence[int] = ()
+    ) -> None:
         self.decoder, self.calibration, self.first, self.run = decoder, calibration, first, run
-        self.depth = len(decoder)
         self.block_forwards = 0
         self._store = Store(run)
-        (self.last,) = self.states([self.depth - 1])
+        *self.also, self.last = self.states([*also, len(decoder) - 1])
 
     @torch.no_grad()
     def states(self, blocks: Sequence[int]) -> list[Tensor]:

@@ -144,6 +144,30 @@ def _add_compress(commands: Any) -> None:
             The paper's learning rates (the defaults) belong to some 2,500 steps a removal; with fewer steps give
             higher ones, as the recipe fusegpt.yaml does.
 
+          foldgpt   gates learn which blocks can go; of the others neighbours share one set of weights; then all heals
+                    (Liu et al. 2024). Sharing makes a model smaller and no faster
+            sparsity=S      share of the blocks to remove, rounded up; 0: none (needed)
+            ranking=gates   what goes: gates, block_influence, macro_influence or loss; or blocks=[4,9]
+            protect=[0,-1]  never remove these; negative ones count from the end
+            gate_steps=300, gate_lr=0.02, gate_eps=0.0001    how gates learn
+            flops_weight=10, polarisation_weight=0.1    of their constraints
+            check=true      remove what block influence would, where that harms less
+            group=2         blocks that share; 1: none do
+            keep_ends=2     so many of the first and of the last blocks share with none
+            boundaries=fixed    groups one after the other; greedy: those that harm least, groups=N of them
+            parent=divergence   whose weights a group uses: divergence (the least harmful), first or mean
+            own_biases=false, adapter_rank=0    what each block of a group keeps beside its norms
+            epochs=1        how often healing takes all rows; 0: no healing
+            batch=8         rows a step; --rows, less those held out, must be a multiple of it
+            lora_rank=32, lora_lr=0.0001    of what heals the matrices; norm_lr=0.001 of norms and biases
+            warmup=0.03, clip=1    of healing
+            next_token=1, distil=1, tail=2, tail_weight=1    what healing goes by: the next token, the teacher's
+                            predictions (softened with temperature=2), and its last hidden states
+            held_out=8      rows, the last ones, that nothing learns from: they judge
+            seed=0          of what learns and of the order of the rows
+            group=1 with epochs=0 only removes, sparsity=0 with epochs=0 only shares, and sparsity=0 with group=1 only
+            heals, by the next token alone unless --teacher names the model that this one came from.
+
         and the peers it is judged against, all with sparsity=S:
 
           shortgpt     the blocks that change their input least (Men et al. 2024)
@@ -163,7 +187,7 @@ def _add_compress(commands: Any) -> None:
         "foldaway compress demo:smollm2 --method 2ssp --set sparsity=0.25 -o smol-25",
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
-    parser.add_argument("--method", metavar="NAME", help="2ssp, fusegpt, or one of their peers, see above")
+    parser.add_argument("--method", metavar="NAME", help="2ssp, fusegpt, foldgpt, or one of their peers, see above")
     parser.add_argument(
         "--set",
         action="append",
@@ -179,6 +203,9 @@ def _add_compress(commands: Any) -> None:
     parser.add_argument("--length", type=int, metavar="TOKENS", help="tokens per row (default 2048)")
     parser.add_argument(
         "--seed", type=int, metavar="N", help="of shuffling or sampling the calibration text (default 0)"
+    )
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="foldgpt: learn from this model, with the same tokenizer (default: MODEL)"
     )
     add_device(parser, "; or auto: the blocks are spread over all GPUs")
     parser.add_argument(
@@ -211,6 +238,7 @@ def _compress(arguments: argparse.Namespace) -> int:
     with open_terminal() as terminal:
         with terminal.working(f"Loading {model}"):
             loaded = load(model)
+            teacher = load(arguments.teacher, dtype=loaded.model.dtype) if arguments.teacher else None
         manifest = compress_model(
             loaded,
             steps,
@@ -221,6 +249,7 @@ def _compress(arguments: argparse.Namespace) -> int:
             consume=True,
             scratch=scratch,
             spill_bytes=arguments.spill,
+            teacher=teacher,
         )
         shutil.rmtree(scratch, ignore_errors=True)  # after an interruption it stays, for the next call
         numbers = manifest.steps[-1].numbers
@@ -228,6 +257,11 @@ def _compress(arguments: argparse.Namespace) -> int:
             f"{numbers['parameters_before']:,} -> {numbers['parameters_after']:,} parameters; removed are "
             f"{numbers['sparsity_of_blocks']:.1%} of the blocks, {numbers['sparsity_of_model']:.1%} of the model"
         )
+        if manifest.layout.kind == "shared":
+            terminal.say(
+                f"{numbers['blocks_stored']} of {numbers['blocks_executed']} blocks are stored and all are executed: "
+                "smaller, and no faster"
+            )
         for prefix in ("stage2_", ""):
             if naive := numbers.get(f"{prefix}block_forwards_naive"):
                 made = numbers[f"{prefix}block_forwards"]

@@ -21,6 +21,7 @@ from compress.sources import Loaded
 from compress.surgery import without_weights
 from deploy.recipe import CalibrationSpec, EvaluationSpec
 
+LEARN_FROM_TEACHER = ("foldgpt",)
 CHECK_TOKENS = 128
 """Tokens that every export is checked on, whole and one by one."""
 
@@ -36,6 +37,7 @@ def compress_model(
     consume: bool,
     scratch: Path | None = None,
     spill_bytes: int = Run.spill_bytes,
+    teacher: Loaded | None = None,
 ) -> artifact.Manifest:
     """Apply methods to a model, one after the other, and save the artifact.
 
@@ -49,13 +51,18 @@ def compress_model(
         consume: the model given is not needed any more.
         scratch: where an interrupted call leaves what the next one goes on from.
         spill_bytes: as in `Run`.
+        teacher: what a method learns from in place of the model, with the same tokenizer.
 
     Raises:
+        ConfigError: the teacher has another tokenizer, or no method learns from one.
         UnsupportedArchitecture: a vision-language model whose blocks a method would make differ, or blocks that share
             weights where a method would change those of single ones.
     """
     if composite_of(loaded.model.config) is not None or layout_of(loaded.model).kind == "shared" or len(steps) > 1:
         _try_on_shapes(loaded.model, steps, calibration)
+    if teacher is not None:
+        _check_teacher(loaded, teacher, [method for method, _ in steps])
+        put(teacher.model, device)
     origin, taken, parent = artifact.ancestry(loaded)
     model = loaded.model
     for place, (method, options) in enumerate(steps):
@@ -70,7 +77,14 @@ def compress_model(
             model=model,
             progress=progress,
         )
-        run = Run(progress, inputs_go_to, scratch, consume=consume or place > 0, spill_bytes=spill_bytes)
+        run = Run(
+            progress,
+            inputs_go_to,
+            scratch,
+            consume=consume or place > 0,
+            teacher=None if teacher is None else teacher.model,
+            spill_bytes=spill_bytes,
+        )
         compressed = METHODS[method].compress(model, rows, config, run)
         model, report = compressed.model, compressed.report
         taken.append(
@@ -85,6 +99,14 @@ def compress_model(
     return artifact.save(
         model, loaded.tokenizer, path, origin=origin, steps=taken, parent=parent, processor=loaded.processor
     )
+
+
+def _check_teacher(loaded: Loaded, teacher: Loaded, methods: Sequence[str]) -> None:
+    """Refuse a teacher that would not be asked, or not be understood."""
+    if not set(methods) & set(LEARN_FROM_TEACHER):
+        raise ConfigError(f"only {', '.join(LEARN_FROM_TEACHER)} learns from a teacher; leave --teacher out")
+    if loaded.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+        raise ConfigError(f"{teacher.origin.name} has another tokenizer than {loaded.origin.name}: it cannot teach it")
 
 
 def _try_on_shapes(

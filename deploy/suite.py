@@ -20,14 +20,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, JsonValue, TypeAdapter, model_validator
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from benchmarks import prepacking, tasks
 from benchmarks import record as records
-from benchmarks import tasks
 from benchmarks.latency import latency_pair
 from benchmarks.machine import machine
 from benchmarks.memory import PeakMemory
@@ -56,6 +58,7 @@ from deploy.workspace import Workspace, digest
 from exporters import export
 from exporters.base import ExportOptions, installed_versions
 
+RESIDENT_REPEATS = 3
 USER_ERROR = 2
 """Exit code of a process that refuses what it was asked."""
 
@@ -67,7 +70,8 @@ class MethodSpec(Strict):
     """One row of the table, at sparsities of its own or at those of the suite.
 
     With ``same_blocks_as`` the method is given, as its option ``blocks``, the blocks that the row of that label removed
-    at the same sparsity.
+    at the same sparsity. ``rows`` are calibration rows of its own in number, and without ``tasks`` only perplexity is
+    measured.
     """
 
     label: str
@@ -75,6 +79,8 @@ class MethodSpec(Strict):
     set: dict[str, JsonValue] = Field(default_factory=dict)
     sparsities: tuple[float, ...] | None = Field(default=None, min_length=1)
     same_blocks_as: str | None = None
+    rows: int | None = Field(default=None, ge=1)
+    tasks: bool = True
 
 
 class DrawSpec(Strict):
@@ -93,10 +99,10 @@ class CalibrationsSpec(Strict):
 
 
 class ExportsSpec(Strict):
-    """Cells that are exported as well, and timed beside the dense model's export, one after the other."""
+    """Cells that are exported as well, and measured beside the dense model's export, one after the other."""
 
     dtype: Literal["fp32", "int4"] = "int4"
-    sparsity: float
+    sparsities: tuple[float, ...] = Field(min_length=1)
     labels: tuple[str, ...] = Field(min_length=1)
     prompt_tokens: int = Field(default=128, ge=1)
     decode_tokens: int = Field(default=64, ge=1)
@@ -145,8 +151,9 @@ class Suite(Strict):
         if self.exports is not None:
             for label in self.exports.labels:
                 named = [m for m in self.methods if m.label == label]
-                if not named or self.exports.sparsity not in (named[0].sparsities or self.sparsities):
-                    raise ValueError(f"exports: no method {label!r} at sparsity {self.exports.sparsity}")
+                if not named or not set(self.exports.sparsities) & set(named[0].sparsities or self.sparsities):
+                    wanted = ", ".join(map(str, self.exports.sparsities))
+                    raise ValueError(f"exports: no method {label!r} at sparsity {wanted}")
         if self.calibrations is not None:
             if self.calibrations.label not in labels:
                 raise ValueError(f"calibrations: no method has the label {self.calibrations.label!r}")
@@ -275,14 +282,14 @@ class SuiteRun:
         inputs: dict[str, Any] = {
             "versions": installed_versions(),
             "model": self.model_hash,
-            "method": job.spec and job.spec.model_dump(exclude={"label", "sparsities", "same_blocks_as"}),
+            "method": job.spec and job.spec.model_dump(include={"method", "set"}),
             "sparsity": job.sparsity,
             "evaluation": [self.evaluation_hash, profile.window, profile.windows],
-            "tasks": [self.task_hashes, profile.limit] if job.with_tasks else None,
+            "tasks": [self.task_hashes, profile.limit] if self._is_scored(job) else None,
             "computed": [profile.dtype, self.device],
         }
         if job.spec is not None:
-            inputs["calibration"] = [self.hashes[job.source], profile.rows, profile.length, job.seed]
+            inputs["calibration"] = [self.hashes[job.source], self._rows(job), profile.length, job.seed]
             inputs["blocks"] = None if job.spec.same_blocks_as is None else self._inputs(self._twin(job))
         if self._is_exported(job):
             inputs["saved"] = True
@@ -302,7 +309,15 @@ class SuiteRun:
         wanted = self.suite.exports
         if wanted is None or not job.with_tasks:
             return False
-        return job.spec is None or (job.label in wanted.labels and job.sparsity == wanted.sparsity)
+        return job.spec is None or (job.label in wanted.labels and job.sparsity in wanted.sparsities)
+
+    def _is_scored(self, job: _Job) -> bool:
+        """Whether the tasks are asked of a cell's model."""
+        return job.with_tasks and (job.spec is None or job.spec.tasks)
+
+    def _rows(self, job: _Job) -> int:
+        """How many calibration rows a cell draws."""
+        return self.profile.rows if job.spec is None or job.spec.rows is None else job.spec.rows
 
     # --- All cells
 
@@ -364,7 +379,7 @@ class SuiteRun:
         if job.spec is None:
             return 0.0
         config = method_config(job.spec.method, {**job.spec.set, "sparsity": job.sparsity})
-        return METHODS[job.spec.method].outline(skeleton(str(self.dense_path)), self.profile.rows, config)
+        return METHODS[job.spec.method].outline(skeleton(str(self.dense_path)), self._rows(job), config)
 
     def _config(self, job: _Job) -> Any:
         """The method's configuration for a cell."""
@@ -484,7 +499,7 @@ class SuiteRun:
         with PeakMemory(os.getpid(), interval_seconds=0.5) as peak:
             loaded = load(str(self.dense_path), dtype=DTYPES[self.profile.dtype])
             loaded.model.to(self.device)  # type: ignore[arg-type]
-            judged_on = self._evaluation_rows(loaded)
+            judged_on = self._evaluation_rows(loaded.tokenizer, context_length_of(loaded.model))
             if job.spec is not None:
                 rows = self._draw(job, loaded, progress)
                 start = time.perf_counter()
@@ -508,10 +523,11 @@ class SuiteRun:
             parameters=budget.count(loaded.model).total,
             layout=layout_of(loaded.model).kind,
             perplexity=perplexity(logits_of(loaded.model), judged_on, progress),
-            tasks=self._score(loaded, progress) if job.with_tasks else (),
+            tasks=self._score(loaded, progress) if self._is_scored(job) else (),
             compression_seconds=seconds,
             peak_rss_bytes=peak.bytes,
             numbers=numbers,
+            costs=budget.costs(loaded.model),
         )
 
     def _save(self, job: _Job, loaded: Loaded) -> None:
@@ -535,9 +551,9 @@ class SuiteRun:
         folders = {name: self._export(job, wanted, progress) for name, job in jobs.items()}
         timed = dict(cells)
         for name, job in jobs.items():
-            inputs = {"cell": self._inputs(job), "exports": wanted.model_dump(exclude={"labels"})}
-            speed = functools.partial(self._speed, folders["dense"], folders[name], wanted, progress)
-            found = self.work.result(f"speed-{name}", inputs, speed)
+            inputs = {"cell": self._inputs(job), "exports": wanted.model_dump(exclude={"labels", "sparsities"})}
+            measure = functools.partial(self._measure, folders["dense"], folders[name], wanted, progress)
+            found = self.work.result(f"measured-{name}", inputs, measure)
             timed[name] = dataclasses.replace(cells[name], exported=EXPORTED.validate_python(found))
         return timed
 
@@ -547,14 +563,15 @@ class SuiteRun:
         def make(path: Path) -> None:
             self.say(f"Exporting {job.name} to {wanted.dtype} ONNX")
             loaded = load(str(self._model_path(job)), dtype=torch.float32)
-            tokens = self._evaluation_rows(loaded)[:1, :CHECK_TOKENS]
+            tokens = self._evaluation_rows(loaded.tokenizer, context_length_of(loaded.model))[:1, :CHECK_TOKENS]
             export(loaded, path, to="onnx", options=options, check_tokens=tokens, progress=progress)
 
         inputs = {"cell": self._inputs(job), "dtype": wanted.dtype}
         return self.work.folder(f"export-{job.name}", inputs, make)
 
-    def _speed(self, dense: Path, candidate: Path, wanted: ExportsSpec, progress: Progress) -> dict[str, Any]:
-        """Size and decode speed of an export beside the dense one's, taking turns."""
+    def _measure(self, dense: Path, candidate: Path, wanted: ExportsSpec, progress: Progress) -> dict[str, Any]:
+        """Size, memory, perplexity and decode speed of an export, speed beside the dense one's, taking turns."""
+        (runs,) = prepacking.measure({"export": candidate}, ("default",), RESIDENT_REPEATS)["default"].values()
         ours, theirs = open_side(str(dense)), open_side(str(candidate))
         assert ours.session is not None
         assert theirs.session is not None
@@ -566,7 +583,14 @@ class SuiteRun:
             repeats=wanted.repeats,
             progress=progress,
         )
-        found = ExportedCell(wanted.dtype, theirs.size_bytes, pair.decode)
+        rows = self._evaluation_rows(theirs.tokenizer, theirs.context_length)
+        found = ExportedCell(
+            wanted.dtype,
+            theirs.size_bytes,
+            pair.decode,
+            int(median(run["used_total_bytes"] for run in runs)),
+            perplexity(theirs.session.logits, rows, progress),
+        )
         dumped: dict[str, Any] = EXPORTED.dump_python(found, mode="json")
         return dumped
 
@@ -575,7 +599,7 @@ class SuiteRun:
         rows = draw(
             source,
             loaded.tokenizer,
-            rows=profile.rows,
+            rows=self._rows(job),
             length=profile.length,
             seed=job.seed,
             model=loaded.model,
@@ -583,10 +607,9 @@ class SuiteRun:
         )
         return dataclasses.replace(rows, source=job.source)  # its name, and no path of this machine
 
-    def _evaluation_rows(self, loaded: Loaded) -> Tensor:
+    def _evaluation_rows(self, tokenizer: PreTrainedTokenizerBase, context: int) -> Tensor:
         profile, text = self.profile, self._text(self.suite.evaluation)
-        context = context_length_of(loaded.model)
-        rows = windows(text, loaded.tokenizer, length=profile.window, count=profile.windows, context_length=context)
+        rows = windows(text, tokenizer, length=profile.window, count=profile.windows, context_length=context)
         return rows.tokens
 
     def _score(self, loaded: Loaded, progress: Progress) -> tuple[TaskScore, ...]:

@@ -7,6 +7,10 @@ The graph's names are the ones that optimum, transformers.js and onnxruntime-gen
 GroupQueryAttention takes the length of each row from its attention mask (ones for its own length, right-padded), so
 rows of different lengths decode together; and when the past and the present are the same memory it appends in place, so
 that a step copies nothing.
+
+Weights are packed for the CPU while loading, as onnxruntime does unless told otherwise: it keeps one packed copy of
+weights that several nodes read, so memory follows what is stored, and without packing int4 decodes far slower
+(``benchmarks/prepacking.py``).
 """
 
 from __future__ import annotations

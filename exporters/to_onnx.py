@@ -618,6 +618,7 @@ def _card(loaded: Loaded, dtype: str, options: ExportOptions, parity: Parity) ->
         f"{len(layout.blocks)} blocks, of which {len(layout.attention_blocks)} attend. `num_hidden_layers` in "
         "config.json and genai_config.json counts the caches of the graph, one per attention; export.json describes "
         "every block.",
+        *_about_sharing(layout),
         "",
         f"Compared with its PyTorch source on {parity.tokens} tokens: worst logit difference "
         f"{parity.max_abs_difference:.3g}, same preferred token at {parity.argmax_agreement:.1%} of them. Decoding "
@@ -627,6 +628,17 @@ def _card(loaded: Loaded, dtype: str, options: ExportOptions, parity: Parity) ->
         "Run it with `foldaway serve`, onnxruntime-genai, optimum (`ORTModelForCausalLM`) or transformers.js.",
     ]
     return "\n".join([*header, *lines]) + "\n"
+
+
+def _about_sharing(layout: Layout) -> list[str]:
+    """What the card says where blocks share weights."""
+    if layout.kind != "shared":
+        return []
+    return [
+        "",
+        f"{layout.distinct} sets of weights serve these {len(layout.blocks)} blocks; each is stored and held in memory "
+        "once. All blocks are computed, and each has norms and a cache of its own.",
+    ]
 
 
 def _about_context(model: PreTrainedModel) -> list[str]:

@@ -293,7 +293,7 @@ def outline(model: PreTrainedModel, rows: int, config: FoldGPTConfig) -> float:
     """
     plan, blocks = plan_for(model, rows, config), len(Decoder(model))
     attending = layout_of(model).attention_blocks
-    passes = float(rows + config.held_out) if _needs_teacher(config) else 0.0
+    passes = float(rows if config.epochs or config.learns_gates else config.held_out)
     if config.learns_gates:
         passes += 3.0 * config.gate_steps * config.batch
     if config.ranks:
@@ -330,15 +330,6 @@ def memory(model: PreTrainedModel, rows: int, length: int, config: FoldGPTConfig
     graph = 2 * item * config.batch * length * (features + 4 * width * len(decoder))
     logits = 4 * 4 * CHUNK_TOKENS * int(decoder.config.vocab_size)
     return states + learning + graph + logits
-
-
-def _learns(config: FoldGPTConfig) -> bool:
-    """Whether calibration rows are learnt from."""
-    return config.learns_gates or config.epochs > 0
-
-
-def _needs_teacher(config: FoldGPTConfig) -> bool:
-    return _learns(config) or config.held_out > 0
 
 
 def _tail(config: FoldGPTConfig) -> int:
@@ -390,10 +381,9 @@ class _Folding:
         self.resumed_seconds = 0.0
         self.tail: list[Tensor] = []
         self._teacher: Teacher | None = None
-        if _needs_teacher(config):
-            teacher = self.decoder if run.teacher is None else Decoder(run.teacher)
-            check_teacher(self.decoder, teacher, _tail(config))
-            self._teacher = Teacher(teacher, calibration, 0 if _learns(config) else plan.learnt, run)
+        parent = self.decoder if run.teacher is None else Decoder(run.teacher)
+        check_teacher(self.decoder, parent, _tail(config))
+        self._parent = parent
 
     @property
     def teacher(self) -> Teacher:
@@ -405,11 +395,13 @@ class _Folding:
 
     def remove(self) -> None:
         """Remove what the model needs least."""
-        removed: list[int] = []
-        if self.plan.goes:
-            found = self._stage("removal", _removal_options(self.config), self._choose)
+        config, removed = self.config, sorted(self.config.blocks or ())
+        if config.ranks and self.plan.goes:
+            self._learn_from(0 if config.learns_gates else self.plan.learnt, ())
+            found = self._stage("removal", _removal_options(config), self._choose)
             self.numbers |= found
             removed = found["blocks_removed"]
+        self.numbers["blocks_removed"] = removed
         self._remember_tail(removed)
         if removed:
             drop_blocks(self.model, removed)
@@ -418,8 +410,6 @@ class _Folding:
     def _choose(self, kept: Path | None) -> dict[str, Any]:
         """The blocks that go, with what was found on the way."""
         config, blocks = self.config, len(self.decoder)
-        if config.blocks is not None:
-            return {"blocks_removed": sorted(config.blocks)}
         held_out = self.calibration.rows(slice(self.plan.learnt, None))
         if config.ranking != GATES:
             scores = RANKINGS[config.ranking](self.decoder, held_out, config.held_out, self.run)
@@ -690,7 +680,8 @@ class _Folding:
 
     def count_teacher(self) -> None:
         """Add the passes of the teacher to the report."""
-        self._count(0 if self._teacher is None else self._teacher.block_forwards)
+        if self._teacher is not None:
+            self._count(self._teacher.block_forwards)
 
     def _judge(self, stage: str) -> None:
         """Write down the divergence on the rows held out."""
@@ -703,13 +694,28 @@ class _Folding:
         return self.teacher.divergence(decoder, self.plan.learnt)
 
     def _remember_tail(self, removed: Sequence[int]) -> None:
-        """Keep what the last survivors are compared with: the teacher's states where the next survivor begins."""
-        count = _tail(self.config)
-        if not count:
-            return
+        """Ask the teacher what healing needs, before the model changes.
+
+        The last survivors are compared with the teacher's states where the next survivor begins.
+        """
+        config = self.config
         survivors = [block for block in range(len(self.decoder)) if block not in removed]
-        *inner, _ = [*(block - 1 for block in survivors[1:]), self.teacher.depth - 1][-count:]
-        self.tail = [*(self.teacher.states(inner) if inner else []), self.teacher.last]
+        ends = [*(block - 1 for block in survivors[1:]), len(self._parent) - 1]
+        inner = ends[-_tail(config) : -1] if _tail(config) else []
+        first = 0 if config.epochs else self.plan.learnt
+        if self._teacher is not None and self._teacher.first <= first:
+            states = self._teacher.states(inner) if inner else []
+        elif config.epochs or config.held_out:
+            states = self._learn_from(first, inner)
+        else:
+            return
+        self.tail = [*states, self.teacher.last] if _tail(config) else []
+
+    def _learn_from(self, first: int, blocks: Sequence[int]) -> list[Tensor]:
+        """Let the teacher read the rows from ``first`` on; returns what leaves some of its blocks."""
+        self.count_teacher()
+        self._teacher = Teacher(self._parent, self.calibration, first, self.run, blocks)
+        return self._teacher.also
 
 
 def _removal_options(config: FoldGPTConfig) -> str:

@@ -158,8 +158,8 @@ def test_a_suite_computes_its_cells_in_processes_of_their_own(
         ({"calibrations": {"label": "y", "sparsity": 0.5, "draws": [{"source": "builtin"}]}}, "'y'"),
         ({"profiles": {"gpu": SUITE["profiles"]["cpu"]}}, "no profile 'cpu'"),
         ({"speed": 1}, "speed"),
-        ({"exports": {"sparsity": 0.3, "labels": ["SLEB"]}}, "no method 'SLEB' at sparsity 0.3"),
-        ({"exports": {"sparsity": 0.25, "labels": ["SLIB"]}}, "'SLIB'"),
+        ({"exports": {"sparsities": [0.3], "labels": ["SLEB"]}}, "no method 'SLEB' at sparsity 0.3"),
+        ({"exports": {"sparsities": [0.25], "labels": ["SLIB"]}}, "'SLIB'"),
         ({"methods": [{"label": "x", "method": "fusegpt", "same_blocks_as": "y"}]}, "'y'"),
         ({"methods": [*SUITE["methods"], {"label": "x", "method": "2ssp", "same_blocks_as": "SLEB"}]}, "blocks"),
     ],
@@ -228,8 +228,9 @@ def test_a_row_can_remove_the_blocks_of_another_and_a_cell_be_exported_and_timed
         {"label": "deleted", "method": "fusegpt", "set": {"coefficient_rank": 0, "lora_rank": 0}},
         {"label": "fused", "method": "fusegpt", "set": {**FUSED, "ranking": "loss"}},
     ]
-    methods[0]["same_blocks_as"] = "fused"
-    exports = {"sparsity": 0.4, "labels": ["fused"], "prompt_tokens": 4, "decode_tokens": 3, "repeats": 5}
+    methods[0] |= {"same_blocks_as": "fused", "tasks": False}
+    methods[1]["rows"] = 4
+    exports = {"sparsities": [0.4], "labels": ["fused"], "prompt_tokens": 4, "decode_tokens": 3, "repeats": 5}
     changes = {"sparsities": [0.2, 0.4], "methods": methods, "calibrations": None, "exports": exports}
     run = suite(data, tmp_path / "run", **changes)
     with pytest.raises(FoldawayError):  # its blocks are not known yet
@@ -242,18 +243,28 @@ def test_a_row_can_remove_the_blocks_of_another_and_a_cell_be_exported_and_timed
         fused, deleted = cells["fused", sparsity], cells["deleted", sparsity]
         assert deleted.numbers["blocks_removed"] == fused.numbers["blocks_removed"]
         assert deleted.perplexity != fused.perplexity
+        assert [len(cell.tasks) for cell in (deleted, fused)] == [0, 1]
+        assert [(cell.calibration or {})["rows"] for cell in (deleted, fused)] == [2, 4]
+        assert fused.costs is not None
+        assert table.dense.costs is not None
+        assert fused.costs.kv_per_token < table.dense.costs.kv_per_token
     exported = cells["fused", 0.4].exported
     assert exported is not None
     assert table.dense.exported is not None
     assert exported.size_bytes < table.dense.exported.size_bytes
     assert len(exported.decode.candidate) == 5
+    assert exported.perplexity is not None
+    assert len(exported.perplexity.window_nll) == 3
+    assert exported.resident_bytes is not None
+    assert exported.resident_bytes > exported.size_bytes / 2
     assert cells["fused", 0.2].exported is None
     rows = tables.export_grid(table).rows
     assert [row[0] for row in rows] == ["dense, int4", "fused, int4, 40.0%"]
+    assert "–" not in rows[1]
     assert suite(data, tmp_path / "run", **changes).run(no_progress).cells == table.cells
 
 
-@pytest.mark.parametrize("name", ["quality", "fusegpt"])
+@pytest.mark.parametrize("name", ["quality", "fusegpt", "foldgpt"])
 def test_the_suites_of_the_project_can_be_read(tmp_path: Path, name: str) -> None:
     file = Path(__file__).parents[2] / "benchmarks" / "suites" / f"{name}.yaml"
     with pytest.raises(ConfigError, match="--data DIR"):
