@@ -16,10 +16,11 @@ from compress.layout import layout_of
 from compress.methods import METHODS, method_config
 from compress.result import Run
 from compress.sources import skeleton
+from compress.surgery import expand
 from deploy.recipe import CalibrationSpec
 from exporters import exporter_named
 from exporters.base import ExportOptions
-from exporters.to_onnx import check_layout
+from exporters.to_onnx import check_layout, check_options
 
 LIBRARIES_BYTES = 500_000_000
 """Resident memory of Python with its libraries, before a model is there."""
@@ -91,7 +92,10 @@ def predict_export(model: str, to: str, options: ExportOptions) -> tuple[int, in
     exporter_named(to)
     shape = skeleton(model)
     if to == "onnx":
+        check_options(options)
         check_layout(shape)
+    if options.expand:
+        expand(shape)
     parameters = budget.count(shape).total
     default = "fp32" if to == "onnx" else str(shape.dtype).removeprefix("torch.").replace("float", "fp")
     dtype = options.dtype or default

@@ -67,7 +67,7 @@ class Exported:
         dtype: how the weights are stored.
         parity: how closely it was found to compute what its source computes.
         bytes: graph and weights; tokenizer and texts are not counted.
-        parameters: distinct parameters of the source model.
+        parameters: distinct parameters of the model, which are those of its source unless it was expanded.
         files: name -> bytes of every file but export.json.
     """
 
@@ -105,7 +105,7 @@ class OptionsEntry(Strict):
 class ExportRecord(Strict):
     """export.json: what an export folder holds, and how it was checked. Unknown keys are refused.
 
-    ``blocks`` describes every block of the source, those without attention too, which no runtime's config can say.
+    ``blocks`` describes every block, those without attention too, which no runtime's config can say.
     """
 
     format: Literal["foldaway-export"] = "foldaway-export"

@@ -9,6 +9,7 @@ weights get copies of their own, for runtimes that cannot share: as large as if 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ def export(
         write_model(model, loaded.tokenizer, folder, loaded.processor)
         parity = _check_parity(loaded.model, model, folder, check_tokens, progress)
         (folder / "README.md").write_text(_card(loaded, dtype, layout_of(model), parity), encoding="utf-8")
-        record = seal(folder, loaded, "hf", dtype, options, parity)
+        record = seal(folder, dataclasses.replace(loaded, model=model), "hf", dtype, options, parity)
     return exported(path, record)
 
 

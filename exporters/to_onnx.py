@@ -96,8 +96,7 @@ def export(
         MissingExtra: onnxruntime-genai is not installed.
     """
     dtype = choose_dtype("onnx", options, ("fp32", "int4"), default="fp32")
-    if options.expand:
-        raise ConfigError("the onnx export stores shared weights once, and nothing is to be expanded: leave it out")
+    check_options(options)
     check_layout(loaded.model)
     context = context_of(base_config(loaded.model.config))
     if check_tokens.shape[1] > context:
@@ -113,6 +112,12 @@ def export(
         (folder / "README.md").write_text(_card(loaded, dtype, options, parity), encoding="utf-8")
         record = seal(folder, loaded, "onnx", dtype, options, parity)
     return exported(path, record)
+
+
+def check_options(options: ExportOptions) -> None:
+    """Raise ConfigError for an option that this format has no use for."""
+    if options.expand:
+        raise ConfigError("the onnx export stores shared weights once, and nothing is to be expanded: leave it out")
 
 
 def check_layout(model: PreTrainedModel) -> None:

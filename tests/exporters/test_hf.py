@@ -11,12 +11,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, dynamic_module_utils
 
+from compress import budget
 from compress.artifact import OriginEntry, save
 from compress.errors import ConfigError, ParityError
 from compress.evaluate import logits_of
 from compress.layout import layout_of
 from compress.sources import Loaded, Origin, load
-from compress.surgery import drop_attention, keep_neurons
+from compress.surgery import drop_attention, keep_neurons, share_blocks
 from exporters import ExportOptions, export, read_export, to_hf
 from exporters.base import in_dtype
 from tests.conftest import byte_tokenizer, tiny, token_rows
@@ -146,3 +147,34 @@ def test_a_folder_that_lost_a_weight_leaves_nothing_behind(
     with pytest.raises(ParityError):
         export(source, tmp_path / "x", to="hf", options=ExportOptions(dtype=dtype), check_tokens=TOKENS)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_shared_weights_are_written_once_or_expanded_to_a_stock_folder(dtype: str, rank: int, tmp_path: Path) -> None:
+    model = tiny("llama")
+    share_blocks(model, {1: [2], 3: [4]}, adapter_rank=rank)
+    loaded = Loaded(model, byte_tokenizer(), ORIGIN)
+    folded, expanded = (
+        export(loaded, tmp_path / name, to="hf", options=options, check_tokens=TOKENS)
+        for name, options in (("x", ExportOptions(dtype)), ("y", ExportOptions(dtype, expand=True)))
+    )
+    assert [b["shares_with"] for b in read_export(folded.path).blocks] == [None, None, 1, None, 3]
+    assert json.loads((expanded.path / "config.json").read_text())["model_type"] == "llama"
+    assert [b["shares_with"] for b in read_export(expanded.path).blocks] == [None] * 5
+    assert read_export(expanded.path).options.expand
+    assert (folded.parameters, expanded.parameters) == (budget.count(model).total, budget.count(tiny("llama")).total)
+    assert "5 blocks are stored in place of 3" in (expanded.path / "README.md").read_text()
+    stock = load(str(expanded.path), dtype=torch.float32).model
+    same = torch.allclose(logits_of(stock)(TOKENS), logits_of(model)(TOKENS), atol=1e-4)
+    assert same or dtype == "bf16"
+    assert layout_of(model).kind == "shared"
+
+
+def test_expanding_what_is_not_shared_changes_nothing(tmp_path: Path) -> None:
+    loaded = Loaded(tiny("llama"), byte_tokenizer(), ORIGIN)
+    made = [
+        export(loaded, tmp_path / str(flag), to="hf", options=ExportOptions(expand=flag), check_tokens=TOKENS)
+        for flag in (False, True)
+    ]
+    assert made[0].files["model.safetensors"] == made[1].files["model.safetensors"]
