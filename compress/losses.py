@@ -88,7 +88,8 @@ def by_chunks(states: Tensor, loss: Callable[[Tensor, int], Tensor], size: int) 
     for start in range(0, states.shape[1], size):
         part = states[:, start : start + size].detach().requires_grad_()
         value = loss(part, start)
-        gradients += torch.autograd.grad(value, part)
+        # A part may have nothing to say: behind the last token that is predicted.
+        gradients += torch.autograd.grad(value, part) if value.requires_grad else [torch.zeros_like(part)]
         total = total + value.detach()
     slope = (states * torch.cat(gradients, dim=1)).sum()
     return total + (slope - slope.detach())

@@ -66,13 +66,12 @@ def optimise(
     progress: Progress,
     what: str,
     steps: int | None = None,
-    cosine: bool = True,
     warmup: float = 0.0,
     clip: float | None = None,
     betas: tuple[float, float] = (0.9, 0.95),
     kept: Path | None = None,
 ) -> Learnt:
-    """Minimise a loss with Adam and no weight decay.
+    """Minimise a loss with Adam and no weight decay; rates fall along a cosine to zero over all steps.
 
     Args:
         groups: what learns; groups without parameters are left out.
@@ -84,7 +83,6 @@ def optimise(
         progress: told of each step.
         what: the name under which progress is told.
         steps: end after so many, in the middle of an epoch if need be; None takes all epochs.
-        cosine: rates fall along a cosine to zero over all steps; otherwise they stay.
         warmup: share of the steps over which the rates rise first.
         clip: the largest norm of all gradients together; None does not clip.
         betas: of Adam.
@@ -103,7 +101,7 @@ def optimise(
 
     def share(step: int) -> float:
         rise = min(1.0, (step + 1) / (warmup * steps + 1)) if warmup else 1.0
-        return rise * (1 + math.cos(math.pi * step / steps)) / 2 if cosine else rise
+        return rise * (1 + math.cos(math.pi * step / steps)) / 2
 
     place = _Place() if kept is None else _go_on(kept, learning, optimiser, generator)
     resumed_seconds, begun, written = place.seconds, time.monotonic(), time.monotonic()

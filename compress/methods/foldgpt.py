@@ -40,7 +40,7 @@ from compress.device import autocast
 from compress.errors import ConfigError
 from compress.files import write_file
 from compress.gating import added, evaluating, scaled, sharing
-from compress.grouping import fixed_runs, greedy_runs, stretches
+from compress.grouping import all_runs, fixed_runs, greedy_runs, stretches
 from compress.healing import Healing
 from compress.influence import RANKINGS, block_influence
 from compress.layout import layout_of
@@ -87,7 +87,8 @@ class FoldGPTConfig:
         polarisation_weight: of the mean of g (1 - g) at the end; it starts at 0.
         group: blocks that share one set of weights; 1: none do.
         keep_ends: so many of the first and of the last blocks share with none.
-        boundaries: "fixed" cuts the others into groups one after the other, "greedy" takes the groups that harm least.
+        boundaries: "fixed" cuts the others into groups one after the other, "greedy" takes the groups that harm least
+            with the best of their parents.
         groups: how many groups; None: as many as there is room for.
         parent: whose weights a group uses: "divergence", the member's with which the model changes least, "first", the
             first one's, or "mean", their average.
@@ -169,6 +170,10 @@ class FoldGPTConfig:
             check_whole("groups", self.groups, 1)
             if self.boundaries == "fixed":
                 raise ConfigError(f"groups={self.groups} are chosen by their harm: give boundaries=greedy as well")
+        if self.boundaries == "greedy" and self.parent != "divergence":
+            raise ConfigError(
+                f"boundaries=greedy tries parents, and parent={self.parent} does not: give parent=divergence"
+            )
         if self.epochs and not (self.next_token or self.distil or (self.tail and self.tail_weight)):
             raise ConfigError("healing has no loss: give next_token, distil or tail_weight above 0, or epochs=0")
 
@@ -185,7 +190,7 @@ class FoldGPTConfig:
     @property
     def tries_sharing(self) -> bool:
         """Whether groups or their parents are chosen by trial."""
-        return self.group > 1 and (self.parent == "divergence" or self.boundaries == "greedy")
+        return self.group > 1 and self.parent == "divergence"
 
 
 def compress(
@@ -270,6 +275,8 @@ def plan_for(model: PreTrainedModel, rows: int, config: FoldGPTConfig) -> Plan:
                 f"group={config.group} is larger than the {max(0, room)} blocks that may share, of {blocks - goes} "
                 f"with {config.keep_ends} kept at each end: give a smaller group or keep_ends"
             )
+        if not (config.ranks and goes):  # otherwise it depends on which go
+            _room([kind for i, kind in enumerate(block_kinds(model)) if i not in (config.blocks or ())], config)
     judges = config.ranks or config.tries_sharing
     if judges and not config.held_out:
         raise ConfigError("held_out=0: removals and parents are judged on rows held out; give 1 or more, 8 say")
@@ -302,11 +309,9 @@ def outline(model: PreTrainedModel, rows: int, config: FoldGPTConfig) -> float:
     drop_blocks(model, config.blocks or [block for block in range(blocks) if block not in stays][: plan.goes])
     kept = (blocks - plan.goes) / blocks
     if config.group > 1:
-        found = _room(model, config)
+        found = _room(block_kinds(model), config)
         runs = fixed_runs(found, config.group)[: config.groups]
-        trials = (
-            sum(max(0, len(each) - config.group + 1) for each in found) if config.boundaries == "greedy" else len(runs)
-        )
+        trials = len(all_runs(found, config.group) if config.boundaries == "greedy" else runs)
         passes += kept * config.held_out * (1 + (trials * config.group / 2 if config.tries_sharing else 0))
         share_blocks(
             model,
@@ -340,13 +345,13 @@ def _tail(config: FoldGPTConfig) -> int:
 # --- Which blocks may share
 
 
-def _room(model: PreTrainedModel, config: FoldGPTConfig) -> list[range]:
-    """Stretches of like blocks that may share.
+def _room(kinds: Sequence[object], config: FoldGPTConfig) -> list[range]:
+    """Stretches of like blocks that may share, of blocks of some kinds.
 
     Raises:
         ConfigError: none has room for a group.
     """
-    found = stretches(block_kinds(model), config.keep_ends)
+    found = stretches(kinds, config.keep_ends)
     if not fixed_runs(found, config.group):
         raise ConfigError(
             f"no {config.group} neighbours have the same kind of attention and the same shapes, which sharing needs: "
@@ -479,7 +484,6 @@ class _Folding:
             batch=config.batch,
             epochs=1,
             steps=config.gate_steps,
-            cosine=False,
             generator=torch.Generator().manual_seed(config.seed),
             progress=self.run.progress,
             what="foldgpt: gates",
@@ -525,23 +529,16 @@ class _Folding:
         Source: FoldGPT, "grouped parameter sharing"; how groups and parents are chosen is ours.
         """
         config = self.config
-        room = _room(self.model, config)
+        room = _room(block_kinds(self.model), config)
         runs = fixed_runs(room, config.group)
         harm: dict[int, list[float]] = {}
-        if config.boundaries == "greedy":
-            tried = [
-                range(i, i + config.group) for each in room for i in range(each.start, each.stop - config.group + 1)
-            ]
-            harm = self._try(tried)
-            least = {start: min(found) for start, found in harm.items()}
-            runs = greedy_runs(least, room, config.group, config.groups or len(runs))
-        elif config.parent == "divergence":
-            harm = self._try(runs)
-        parents: list[int | None] = [each.start for each in runs]
-        if config.parent == "divergence":
+        parents: list[int | None] = [None if config.parent == "mean" else each.start for each in runs]
+        if config.tries_sharing:
+            harm = self._try(all_runs(room, config.group) if config.boundaries == "greedy" else runs)
+            if config.boundaries == "greedy":
+                least = {start: min(found) for start, found in harm.items()}
+                runs = greedy_runs(least, room, config.group, config.groups or len(runs))
             parents = [each[lowest_indices(harm[each.start], 1)[0]] for each in runs]
-        elif config.parent == "mean":
-            parents = [None] * len(runs)
         return {
             "groups": [list(each) for each in runs],
             "parents": parents,
@@ -672,7 +669,9 @@ class _Folding:
         first = self.calibration.batch(slice(0, 1), self.run.device)
         seen = [*first.values(), block_states(self.decoder, first)[-2]]
         if self._teacher is not None:
-            seen.append(self._teacher.last[self.plan.learnt :][:1])
+            seen.append(self._teacher.last[-1:])
+        if self.run.teacher is not None:
+            seen += _around(self._parent)
         return identity(self.decoder, f"foldgpt {what} {self.calibration.sha256}", seen)
 
     def _count(self, block_forwards: int) -> None:
@@ -716,6 +715,12 @@ class _Folding:
         self.count_teacher()
         self._teacher = Teacher(self._parent, self.calibration, first, self.run, blocks)
         return self._teacher.also
+
+
+def _around(decoder: Decoder) -> list[Tensor]:
+    """The parameters of a model that lie outside its blocks: embeddings, final norm and head."""
+    inside = {id(parameter) for parameter in decoder.block_list.parameters()}
+    return [parameter for parameter in decoder.model.parameters() if id(parameter) not in inside]
 
 
 def _removal_options(config: FoldGPTConfig) -> str:

@@ -155,6 +155,7 @@ CHANGES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
 BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     ("foldgpt", "boundaries"): {"sparsity": 0.3},
     ("foldgpt", "keep_ends"): {"blocks": [2]},
+    ("foldgpt", "parent"): {"boundaries": "fixed"},
 }
 NO_LEARNING: dict[str, dict[str, Any]] = {
     "fusegpt": {"coefficient_rank": 0, "lora_rank": 0},

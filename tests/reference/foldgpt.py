@@ -154,7 +154,7 @@ class Stand(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         (place,) = self.place
         h: Tensor = args[0] if args else kwargs["hidden_states"]
-        output = functional_call(place.module, {n: w.clone() for n, w in place.weights().items()}, args, kwargs)
+        output = functional_call(place.module, place.weights(), args, kwargs)
         y: Tensor = output[0] if isinstance(output, tuple) else output
         if place.gone:
             y = h
@@ -169,11 +169,13 @@ class Stock:
 
     def __init__(self, model: Any) -> None:
         self.model = copy.deepcopy(model).double().eval().requires_grad_(False)
-        name, _, attribute = PLACES[model.config.model_type].rpartition(".")
+        architecture = getattr(model.config, "base_model_type", model.config.model_type)
+        name, _, attribute = PLACES[architecture].rpartition(".")
         modules = list(getattr(self.model.get_submodule(name), attribute))
         types = getattr(model.config, "layer_types", None) or [None] * len(modules)
         self.places = [_place(module, kind) for module, kind in zip(modules, types, strict=True)]
         self.stands = [Stand(module) for module in modules]
+        self._known: dict[tuple[int, ...], Tensor] = {}
         setattr(self.model.get_submodule(name), attribute, nn.ModuleList(self.stands))
 
     def run(self, places: Sequence[Place], tokens: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -182,6 +184,13 @@ class Stock:
             stand.place = [place]
         logits = self.model(input_ids=tokens, use_cache=False).logits
         return logits, [s.entered[0] for s in self.stands], [s.left[0] for s in self.stands]
+
+    def itself(self, row: Tensor) -> Tensor:
+        """Logits (1, T, V) of the stock model, noted for the next time."""
+        name = tuple(row.tolist())
+        if name not in self._known:
+            self._known[name] = self.run(self.places, row[None])[0]
+        return self._known[name]
 
 
 def _place(module: nn.Module, attention_type: str | None) -> Place:
@@ -220,9 +229,9 @@ def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def divergence(stock: Stock, places: Sequence[Place], teacher: Stock, rows: Tensor) -> float:
-    """Mean KL(teacher || places) per token, one row after the other."""
-    found = [kl(teacher.run(teacher.places, row[None])[0], stock.run(places, row[None])[0]).item() for row in rows]
-    return sum(found) / len(found)
+    """Mean KL(teacher || places) per token, one row after the other; nan without rows."""
+    found = [kl(teacher.itself(row), stock.run(places, row[None])[0]).item() for row in rows]
+    return sum(found) / len(found) if found else math.nan
 
 
 def _cos(x: Tensor, y: Tensor) -> float:
@@ -322,15 +331,15 @@ def removals(sparsity: float, L: int) -> int:
     return N
 
 
-def learn_gates(stock: Stock, rows: Tensor, s: Settings) -> tuple[list[float], list[list[float]]]:
-    """The final g of each block, and all g before each step."""
+def learn_gates(stock: Stock, rows: Tensor, s: Settings) -> tuple[list[float], list[float]]:
+    """The final g of each block, and the loss of each step."""
     L = len(stock.places)
     goal = 1 - removals(s.sparsity, L) / L
     costs = [float(sum(x.matrix.W.numel() for x in place.linears.values())) for place in stock.places]
     theta = torch.ones(L, dtype=torch.float64, requires_grad=True)
     adam = Adam([(theta, s.gate_lr)])
     order = batches(len(rows), s.batch, torch.Generator().manual_seed(s.seed))
-    trajectory = []
+    losses = []
     for step in range(s.gate_steps):
         way = step / max(1, s.gate_steps - 1)
         eps = 0.1 * (s.gate_eps / 0.1) ** way
@@ -338,15 +347,15 @@ def learn_gates(stock: Stock, rows: Tensor, s: Settings) -> tuple[list[float], l
         with torch.no_grad():
             teacher = stock.run(stock.places, tokens)[0]
         g = theta**2 / (theta**2 + eps)
-        trajectory.append(g.tolist())
         gated = [replace(place, gate=g[i]) for i, place in enumerate(stock.places)]
         loss = kl(teacher, stock.run(gated, tokens)[0])
         stays = sum((g[i] * costs[i] for i in range(L)), torch.zeros(())) / sum(costs)
         loss = loss + s.flops_weight * (stays - goal).clamp(min=0) ** 2
         loss = loss + s.polarisation_weight * way * (g * (1 - g)).sum() / L
-        adam.step(loss)
+        losses.append(loss.item())
+        adam.step(loss, (1 + math.cos(math.pi * step / s.gate_steps)) / 2)
     with torch.no_grad():
-        return (theta**2 / (theta**2 + s.gate_eps)).tolist(), trajectory
+        return (theta**2 / (theta**2 + s.gate_eps)).tolist(), losses
 
 
 def lowest(scores: Sequence[Any], N: int, protected: set[int]) -> list[int]:
@@ -390,6 +399,17 @@ def most(runs: Sequence[list[int]], taken: Sequence[list[int]]) -> int:
             if len({m for run in chosen for m in run}) == sum(len(run) for run in chosen):
                 return len(taken) + count
     return len(taken)
+
+
+def least_harmful(possible: Sequence[list[int]], harm: dict[int, float], count: int | None) -> list[list[int]]:
+    """Groups taken one after the other, as many as are wanted, or (None) as there is room for."""
+    wanted = most(possible, []) if count is None else count
+    taken: list[list[int]] = []
+    while len(taken) < wanted:
+        apart = [run for run in possible if not any(set(run) & set(other) for other in taken)]
+        fit = [run for run in apart if most(possible, [*taken, run]) >= wanted]
+        taken.append(min(fit, key=lambda run: (harm[run[0]], run[0])))
+    return sorted(taken)
 
 
 def shared(places: Sequence[Place], members: Sequence[int], parent: int | None, own_biases: bool) -> list[Place]:
@@ -448,17 +468,9 @@ def share(stock: Stock, kept: list[int], teacher: Stock, held_out: Tensor, s: Se
     else:
         possible = runs_of(survivors, s)
         trials = {run[0]: harms(run) for run in possible}
-        wanted = most(possible, []) if s.groups is None else s.groups
-        while len(result.groups) < wanted:
-            fit = [
-                run
-                for run in possible
-                if not any(set(run) & set(other) for other in result.groups)
-                and most(possible, [*result.groups, run]) >= wanted
-            ]
-            result.groups.append(min(fit, key=lambda run: (min(trials[run[0]]), run[0])))
-        result.groups.sort()
+        result.groups = least_harmful(possible, {start: min(each) for start, each in trials.items()}, s.groups)
     generator = torch.Generator().manual_seed(s.seed)
+    folded = survivors  # trials are of one group alone
     for members in result.groups:
         options = parents_of(members)
         if s.parent == "divergence" or s.boundaries == "greedy":
@@ -467,14 +479,14 @@ def share(stock: Stock, kept: list[int], teacher: Stock, held_out: Tensor, s: Se
         else:
             least = 0
         result.parents.append(options[least])
-        survivors = shared(survivors, members, options[least], s.own_biases)
+        folded = shared(folded, members, options[least], s.own_biases)
         for m in members if s.adapter_rank else []:
             if m != (members[0] if options[least] is None else options[least]):
-                for linear in survivors[m].linears.values():
+                for linear in folded[m].linears.values():
                     out, inputs = linear.matrix.W.shape
                     right = drawn(s.adapter_rank, inputs, generator)
                     linear.adapter = (torch.zeros(out, s.adapter_rank, dtype=torch.float64), right)
-    return whole(survivors), result
+    return whole(folded), result
 
 
 # --- stage 3: healing ------------------------------------------------------------------------------------------------
@@ -514,8 +526,7 @@ def heal(stock: Stock, places: list[Place], teacher: Stock, rows: Tensor, s: Set
         loss = s.next_token * cross_entropy(logits, tokens)
         loss = loss + s.distil * s.temperature**2 * kl(wanted, logits, s.temperature)
         for k in range(max(0, len(kept) - s.tail), len(kept)):
-            until = kept[k + 1] if k + 1 < len(kept) else len(places)
-            h_s, h_t = s_left[kept[k]], t_left[until - 1]
+            h_s, h_t = s_left[kept[k]], t_left[kept[k + 1] - 1 if k + 1 < len(kept) else -1]
             loss = loss + s.tail_weight * ((h_s - h_t) ** 2).mean() / (h_t**2).mean()
         losses.append(loss.item())
         warm = min(1.0, (step + 1) / (s.warmup * total + 1))
@@ -536,7 +547,7 @@ class FoldGPT:
     stock: Stock
     removed: list[int] = field(default_factory=list)
     gates: list[float] | None = None
-    trajectory: list[list[float]] = field(default_factory=list)
+    gate_losses: list[float] = field(default_factory=list)
     unpolarised: float | None = None
     scores: list[float] | None = None
     removal_divergence: dict[str, float] | None = None
@@ -591,7 +602,7 @@ def choose(
         result.scores = SCORES[s.ranking](stock, held_out)
         result.removed = lowest(result.scores, N, protected)
         return
-    result.gates, result.trajectory = learn_gates(stock, learnt, s)
+    result.gates, result.gate_losses = learn_gates(stock, learnt, s)
     result.unpolarised = sum(0.05 <= g <= 0.95 for g in result.gates) / len(result.gates)
     influence = block_influence(stock, held_out)
     result.removed = lowest(list(zip(result.gates, influence, strict=True)), N, protected)
