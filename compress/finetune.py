@@ -35,6 +35,7 @@ from compress.device import cast_weights
 from compress.errors import ConfigError, require
 from compress.optim import AdamR
 from compress.result import Progress, Run
+from compress.surgery import check_owns
 
 IGNORED = -100
 """The label of a token that is not trained on."""
@@ -158,7 +159,7 @@ def finetune(
     """Fine-tune a causal LM in place; its weights keep their dtype, and learn in fp32.
 
     Args:
-        model: any causal LM of transformers, plain or ragged.
+        model: any causal LM of transformers, or of ours.
         tokenizer: of the model; examples are tokenised as they stand and end with its EOS.
         examples: shuffled by ``config.seed``.
         config: how.
@@ -170,9 +171,11 @@ def finetune(
     Raises:
         ConfigError: no examples, or one that is empty.
         MissingExtra: LoRA without peft.
-        UnsupportedArchitecture: a vision-language model.
+        UnsupportedArchitecture: a vision-language model; or LoRA where blocks share weights.
     """
     check_text_model(model.config, "foldaway finetune")
+    if config.lora_rank and hasattr(model.config, "block_configs"):
+        check_owns(model, "LoRA, merged once for each block,")
     rows = []
     for number, example in enumerate(examples, start=1):
         try:

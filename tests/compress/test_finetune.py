@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -16,10 +17,12 @@ from transformers import PreTrainedModel
 
 from compress.artifact import write_model
 from compress.delta.checkpoint import roles_of
-from compress.errors import ConfigError, MissingExtra
+from compress.errors import ConfigError, MissingExtra, UnsupportedArchitecture
 from compress.finetune import IGNORED, Example, FinetuneConfig, _padded, _row, finetune, read_examples, tokens_of
+from compress.layout import layout_of
 from compress.result import Progress, Run
 from compress.sources import load
+from compress.surgery import share_blocks
 from tests.conftest import byte_tokenizer, tiny
 
 EOS, PAD = 257, 258
@@ -379,3 +382,13 @@ def test_options_that_cannot_be_meant_are_refused(wrong: dict[str, Any]) -> None
     with pytest.raises(ConfigError) as caught:
         FinetuneConfig(**wrong)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_blocks_share_learn_together_and_lora_on_them_is_refused() -> None:
+    model = tiny("llama")
+    share_blocks(model, {1: [2]})
+    learnt = tuned(model=copy.deepcopy(model))
+    assert layout_of(learnt) == layout_of(model)
+    assert distance(model, learnt) > 0
+    with pytest.raises(UnsupportedArchitecture, match="share one set of weights"):
+        tuned(dataclasses.replace(QUICK, lora_rank=2), model)

@@ -47,7 +47,7 @@ class Settings:
     gate_steps: int = 300
     gate_lr: float = 2e-2
     gate_eps: float = 1e-4
-    flops_weight: float = 10.0
+    flops_weight: float = 200.0
     polarisation_weight: float = 0.1
     group: int = 2
     keep_ends: int = 2
