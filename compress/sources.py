@@ -80,7 +80,7 @@ class Loaded:
     """A model ready to be read: eval mode, no gradients, on the CPU.
 
     Attributes:
-        model: plain, ragged, or a vision-language model.
+        model: of any layout, or a vision-language model.
         tokenizer: of the model.
         origin: where it came from.
         processor: of a vision-language model: name -> content of the files that make its inputs.

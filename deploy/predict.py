@@ -35,7 +35,7 @@ class Prediction:
         bytes: of its weights.
         memory_bytes: the peak while compressing.
         minutes: on this machine's CPU.
-        layout: "plain" or "ragged".
+        layout: "plain", "ragged" or "shared".
     """
 
     parameters: int

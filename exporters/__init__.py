@@ -44,7 +44,7 @@ def export(
     """Write a model in another format, and check it.
 
     Args:
-        loaded: a plain or ragged model; not changed.
+        loaded: a model of any layout; not changed.
         path: the folder to write: it must not exist or be empty, and appears whole or not at all.
         to: name in EXPORTERS.
         options: how to store the weights.
