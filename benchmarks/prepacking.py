@@ -118,7 +118,7 @@ def table(runs: Runs, sizes: dict[str, int]) -> str:
 def _in_a_process(*arguments: object) -> str:
     """Call `_run` in a fresh process, and return what it says."""
     code = "import sys; from benchmarks.prepacking import _run; _run(*sys.argv[1:])"
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode != 0:
         raise ConfigError(f"{arguments[1]} cannot be measured: {done.stderr.strip()[-200:]}")
     return done.stdout

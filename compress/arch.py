@@ -50,7 +50,7 @@ class Architecture:
     requires: Mapping[str, Any] = field(default_factory=dict)
 
     def block_parts(self) -> dict[str, Any]:
-        """The part of this record that a ragged artifact carries in its config (see remote_code)."""
+        """The part of this record that a ragged or shared artifact carries in its config (see remote_code)."""
         return {
             "blocks": self.blocks,
             "attention": self.attention,

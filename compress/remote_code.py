@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,7 @@ class _RaggedModel:
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        check_blocks(config.block_configs)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         fold_skeleton(self, config)
         remember_ties(self)
@@ -232,7 +233,7 @@ def adapt(block: nn.Module, rank: int) -> None:
         transposed = isinstance(module, Conv1D)
         weight = module.weight
         inputs, outputs = weight.shape if transposed else weight.shape[::-1]
-        module.__class__ = AdaptedConv1D if transposed else AdaptedLinear
+        _become(module, AdaptedConv1D if transposed else AdaptedLinear)
         module.lora_left = nn.Parameter(weight.new_zeros((outputs, rank)), requires_grad=weight.requires_grad)
         module.lora_right = nn.Parameter(weight.new_empty((rank, inputs)), requires_grad=weight.requires_grad)
 
@@ -247,7 +248,14 @@ def merge_adapters(block: nn.Module) -> None:
             value = weight.to(wide) + (product.T if transposed else product)
             module.weight = nn.Parameter(value.to(weight.dtype), requires_grad=weight.requires_grad)
             del module.lora_left, module.lora_right
-            module.__class__ = Conv1D if transposed else nn.Linear
+            _become(module, Conv1D if transposed else nn.Linear)
+
+
+def _become(module: Any, cls: Any) -> None:
+    """Give a live module another class."""
+    module.__class__ = cls
+    if hasattr(module, "_old_forward"):  # hooks of accelerate hold on to the method of the class that it had
+        module._old_forward = cls.forward.__get__(module)
 
 
 def adapter_rank(block: nn.Module) -> int:
@@ -300,6 +308,24 @@ def number_caches(blocks: nn.ModuleList, parts: dict[str, Any]) -> None:
             rank += 1
 
 
+def check_blocks(configs: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse, before anything is built, what blocks cannot share.
+
+    Raises:
+        ValueError: a block shares with one that has no weights of its own, or others than it needs; or the rank of its
+            adapters is none.
+    """
+    for i, shape in enumerate(configs):
+        owner, rank = shape["shares_with"], shape.get("adapter_rank", 0)
+        if owner is not None:
+            earlier = type(owner) is int and 0 <= owner < i
+            alike = earlier and all(shape[part] == configs[owner][part] for part in ("attention", "ffn"))
+            if not alike or configs[owner]["shares_with"] is not None:
+                raise ValueError(f"block {i} cannot share with block {owner}, only with an earlier one of its shape")
+        if type(rank) is not int or rank < 0:
+            raise ValueError(f"block {i} cannot have adapters of rank {rank!r}, which is no whole number from 0 up")
+
+
 def fold_skeleton(model: Any, config: Any) -> None:
     """Cut a freshly built stock skeleton to ``config.block_configs``, and tie what is shared; weights are not kept."""
     parts = config.block_parts
@@ -315,21 +341,14 @@ def fold_skeleton(model: Any, config: Any) -> None:
             _resize(block, path, outputs=width * parts["ffn_in_fused"])
         _resize(block, parts["ffn_out"], inputs=width)
     for i, shape in enumerate(config.block_configs):
-        _attach(blocks, i, shape, config.block_configs)
+        _attach(blocks, i, shape)
     number_caches(blocks, parts)
 
 
-def _attach(blocks: Any, i: int, shape: Mapping[str, Any], configs: list[dict[str, Any]]) -> None:
-    """Give a block its adapters and the weights that it shares.
-
-    Raises:
-        ValueError: it shares with a block that has no weights of its own, or others than it needs.
-    """
+def _attach(blocks: Any, i: int, shape: Mapping[str, Any]) -> None:
+    """Give a block its adapters and the weights that it shares."""
     owner = shape["shares_with"]
     if owner is not None:
-        alike = all(shape[part] == configs[owner][part] for part in ("attention", "ffn")) if 0 <= owner < i else False
-        if not alike or configs[owner]["shares_with"] is not None:
-            raise ValueError(f"block {i} cannot share with block {owner}, only with an earlier one of its shape")
         share_weights(blocks[i], blocks[owner], own_biases=bool(shape.get("own_biases")))
     if rank := shape.get("adapter_rank"):
         adapt(blocks[i], rank)

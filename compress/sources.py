@@ -194,16 +194,21 @@ def skeleton(name: str) -> PreTrainedModel:
     """The model behind a name without its weights: on the meta device, so that only its shapes are there.
 
     Raises:
-        ConfigError: there is no such model, or its weights are packed.
+        ConfigError: there is no such model, its weights are packed, or its config describes none.
         UnsupportedArchitecture: its parts are not known.
     """
     place = _place(name)
     config, model_class = _read_config(place)
     if place.gguf is not None:
         config.dtype = torch.float32  # what its weights are expanded to
-    with torch.device("meta"):
-        ours = model_class is FoldawayForCausalLM
-        model = model_class._from_config(config) if ours else model_class.from_config(config, trust_remote_code=False)
+    ours = model_class is FoldawayForCausalLM
+    try:
+        with torch.device("meta"):
+            model = (
+                model_class._from_config(config) if ours else model_class.from_config(config, trust_remote_code=False)
+            )
+    except ValueError as error:
+        raise ConfigError(f"{name}: its config describes no model: {first_line(error)}") from error
     return _still(model)
 
 
@@ -263,7 +268,7 @@ def fingerprint(name: str) -> str:
 def _read_config(place: _Place) -> tuple[Any, Any]:
     """The config of a model, and the class whose ``from_pretrained`` reads its weights.
 
-    For a ragged model that is ours, which needs no trust in the code that such a folder carries.
+    For a ragged or shared model that is ours, which needs no trust in the code that such a folder carries.
 
     Raises:
         UnsupportedArchitecture: the parts of the model are not known.

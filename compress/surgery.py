@@ -91,7 +91,8 @@ def drop_attention(model: PreTrainedModel, blocks: Sequence[int]) -> None:
 
     Raises:
         BudgetError: no attention would be left.
-        UnsupportedArchitecture: a vision-language model, which has no words for blocks without an attention.
+        UnsupportedArchitecture: a vision-language model, which has no words for blocks without an attention; or blocks
+            share weights.
     """
     check_may_differ(model, "removing attentions")
     decoder = Decoder(model)
@@ -111,7 +112,8 @@ def drop_ffn(model: PreTrainedModel, blocks: Sequence[int]) -> None:
         blocks: indices of the blocks that lose their FFN.
 
     Raises:
-        UnsupportedArchitecture: a vision-language model, which has no words for blocks without an FFN.
+        UnsupportedArchitecture: a vision-language model, which has no words for blocks without an FFN; or blocks share
+            weights.
     """
     check_may_differ(model, "removing FFNs")
     for block in Decoder(model):

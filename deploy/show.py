@@ -71,9 +71,12 @@ def _describe_record(path: Path) -> tuple[str, list[str], dict[str, Any]]:
 
 
 def _artifact_lines(manifest: artifact.Manifest) -> list[str]:
-    blocks = len(manifest.layout.blocks)
+    blocks = f"{len(manifest.layout.blocks)} blocks"
+    if manifest.layout.kind == "shared":
+        stored = sum(block["shares_with"] is None for block in manifest.layout.blocks)
+        blocks += f", of which {stored} are stored"
     words = [
-        f"artifact {manifest.id}: a {manifest.layout.kind} {manifest.model_type} model of {blocks} blocks",
+        f"artifact {manifest.id}: a {manifest.layout.kind} {manifest.model_type} model of {blocks}",
         f"made from {manifest.origin.name}; {manifest.parameters['total']:,} parameters",
         "every file is as the manifest says",
     ]

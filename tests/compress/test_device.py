@@ -15,6 +15,17 @@ from tests.conftest import tiny, token_rows
 ROWS = token_rows(4, 24)
 OPTIONS = {
     "fusegpt": {"sparsity": 0.4, "window": 4, "batch": 2, "epochs": 1, "coefficient_rank": 2, "lora_rank": 2},
+    "foldgpt": {
+        "sparsity": 0.1,
+        "protect": [0, 1],  # which are alike in all tiny models, so that two can always share
+        "gate_steps": 2,
+        "keep_ends": 0,
+        "adapter_rank": 2,
+        "batch": 3,
+        "lora_rank": 2,
+        "lora_lr": 0.01,
+        "held_out": 1,
+    },
     "shortgpt": {"sparsity": 0.4},
     "sleb": {"sparsity": 0.4},
 }

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from compress import artifact, budget
 from compress.artifact import OriginEntry
 from compress.decoder import Decoder
-from compress.errors import BudgetError, UnsupportedArchitecture
+from compress.errors import BudgetError, ConfigError, UnsupportedArchitecture
 from compress.evaluate import logits_of
 from compress.gating import sharing
 from compress.layout import layout_of
@@ -203,15 +203,21 @@ def test_blocks_that_share_are_not_cut_apart(cut: Any) -> None:
         cut(model)
 
 
-@pytest.mark.parametrize("owner", [1, 3, -1, 9])
-def test_a_config_with_an_owner_that_cannot_be_is_refused(owner: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [*(("shares_with", owner) for owner in (1, 3, -1, 9, "0", 0.0)), ("adapter_rank", "2"), ("adapter_rank", -1)],
+)
+def test_a_config_that_cannot_be_meant_is_refused(key: str, value: object, tmp_path: Path) -> None:
     artifact.write_model(shared("llama"), byte_tokenizer(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["block_configs"][1]["shares_with"] == 0
-    config["block_configs"][1]["shares_with"] = owner
+    config["block_configs"][1][key] = value
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="cannot share"):
+    with pytest.raises(ValueError, match="block 1 cannot"):
         FoldawayForCausalLM.from_pretrained(tmp_path)
+    for read in (load, skeleton):
+        with pytest.raises(ConfigError, match="block 1 cannot"):
+            read(str(tmp_path))
 
 
 def test_costs_count_what_is_executed_and_not_what_is_stored(architecture: str) -> None:

@@ -26,17 +26,23 @@ def line(dense: Path, out: Path, **options: object) -> list[str]:
     return ["compress", str(dense), "--method", "fusegpt", *chosen, "--rows", "4", "--length", "32", "-o", str(out)]
 
 
-@pytest.mark.xdist_group("eval")
-def test_a_killed_compression_goes_on_and_ends_with_the_same_bytes(dense: Path, tmp_path: Path) -> None:
-    killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
-    command = [sys.executable, "-P", "-m", "deploy", *line(dense, killed, epochs=100)]
+def kill_when_there(command: list[str], scratch: Path, kept: str) -> Path:
+    """Start a command, and kill it as soon as it has left a file of some name."""
     process = subprocess.Popen(command, env=child_environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    scratch = tmp_path / ".killed.scratch"
-    while not list(scratch.glob("fusegpt-*.safetensors")):  # the first removal is done
+    while not (found := list(scratch.glob(kept))):
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+    return found[0]
+
+
+@pytest.mark.xdist_group("eval")
+def test_a_killed_compression_goes_on_and_ends_with_the_same_bytes(dense: Path, tmp_path: Path) -> None:
+    killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
+    command = [sys.executable, "-P", "-m", "deploy", *line(dense, killed, epochs=100)]
+    scratch = tmp_path / ".killed.scratch"
+    kill_when_there(command, scratch, "fusegpt-*.safetensors")  # the first removal is done
     assert not killed.exists()
     assert main(line(dense, killed, epochs=100)) == 0
     assert main(line(dense, unbroken, epochs=100)) == 0
@@ -97,15 +103,9 @@ def test_healing_that_was_killed_goes_on_and_ends_with_the_same_bytes(dense: Pat
     killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
     program = "import compress.training, sys; compress.training.KEEP_SECONDS = 0; from deploy.cli import main; main()"
     command = [sys.executable, "-P", "-c", program, *fold(dense, killed, epochs=300)]
-    process = subprocess.Popen(command, env=child_environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     scratch = tmp_path / ".killed.scratch"
-    while not list(scratch.glob("foldgpt-healing-*.safetensors")):  # it has begun to learn
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    kept = kill_when_there(command, scratch, "foldgpt-healing-*.safetensors")  # it has begun to learn
     assert not killed.exists()
-    (kept,) = scratch.glob("foldgpt-healing-*.safetensors")
     done = json.loads(safe_open(kept, "pt").metadata()["place"])["done"]  # type: ignore[no-untyped-call]
     assert 0 < done < 300
     assert main(fold(dense, killed, epochs=300)) == 0

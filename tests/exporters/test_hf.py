@@ -153,7 +153,11 @@ def test_a_folder_that_lost_a_weight_leaves_nothing_behind(
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_shared_weights_are_written_once_or_expanded_to_a_stock_folder(dtype: str, rank: int, tmp_path: Path) -> None:
     model = tiny("llama")
-    share_blocks(model, {1: [2], 3: [4]}, adapter_rank=rank)
+    share_blocks(model, {1: [2], 3: [4]}, adapter_rank=rank, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_left"):
+            parameter.normal_(std=0.2, generator=generator)
     loaded = Loaded(model, byte_tokenizer(), ORIGIN)
     folded, expanded = (
         export(loaded, tmp_path / name, to="hf", options=options, check_tokens=TOKENS)
