@@ -166,7 +166,7 @@ def _add_compress(commands: Any) -> None:
             held_out=8      rows, the last ones, that nothing learns from: they judge
             seed=0          of what learns and of the order of the rows
             group=1 with epochs=0 only removes, sparsity=0 with epochs=0 only shares, and sparsity=0 with group=1 only
-            heals, by the next token alone unless --teacher names the model that this one came from.
+            heals: by the next token, and held near itself unless --teacher names the model that this one came from.
 
         and the peers it is judged against, all with sparsity=S:
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -107,3 +108,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def architecture(request: pytest.FixtureRequest) -> str:
     """Each supported ``model_type`` in turn."""
     return str(request.param)
+
+
+class Killed(Exception):
+    """The process ends here."""
+
+
+def killer(after: int) -> Callable[[str, int, int], None]:
+    """A progress that ends the process after so many calls."""
+    calls = iter(range(after))
+
+    def progress(what: str, done: int, total: int) -> None:
+        if next(calls, None) is None:
+            raise Killed
+
+    return progress

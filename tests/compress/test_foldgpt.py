@@ -10,7 +10,7 @@ import inspect
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from compress.methods.foldgpt import FoldGPTConfig
 from compress.result import CompressedModel, Run
 from compress.schema import configured
 from compress.surgery import clone, drop_attention, drop_blocks, expand, keep_neurons
-from tests.conftest import ARCHITECTURES, byte_tokenizer, tiny, token_rows
+from tests.conftest import ARCHITECTURES, Killed, byte_tokenizer, killer, tiny, token_rows
 from tests.reference import foldgpt as reference
 
 # Biases, Conv1D, attentions of two kinds, fused matrices, norms of heads; mistral has nothing that llama has not.
@@ -709,20 +709,6 @@ def test_what_shares_already_is_not_shared_again_nor_cut() -> None:
 
 
 # Going on after an interruption
-
-
-class Killed(Exception):
-    """The process ends here."""
-
-
-def killer(after: int) -> Callable[[str, int, int], None]:
-    calls = iter(range(after))
-
-    def progress(what: str, done: int, total: int) -> None:
-        if next(calls, None) is None:
-            raise Killed
-
-    return progress
 
 
 QUICK: dict[str, Any] = {"gate_steps": 3, "epochs": 2, "lora_rank": 2, "boundaries": "greedy", "adapter_rank": 1}

@@ -9,7 +9,6 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from compress.methods import fusegpt
 from compress.methods.fusegpt import FuseGPTConfig, window_of
 from compress.result import CompressedModel, Run
 from compress.surgery import clone, drop_attention, drop_blocks
-from tests.conftest import _COMMON, ARCHITECTURES, tiny, token_rows
+from tests.conftest import _COMMON, ARCHITECTURES, Killed, killer, tiny, token_rows
 from tests.reference import fusegpt as reference
 
 # Biases, Conv1D, masks of two kinds, fused matrices, norms of heads; mistral has nothing that llama has not.
@@ -778,20 +777,6 @@ def test_it_refuses_before_any_work(what: str) -> None:
 
 
 # Going on after an interruption
-
-
-class Killed(Exception):
-    """The process ends here."""
-
-
-def killer(after: int) -> Callable[[str, int, int], None]:
-    calls = iter(range(after))
-
-    def progress(what: str, done: int, total: int) -> None:
-        if next(calls, None) is None:
-            raise Killed
-
-    return progress
 
 
 TINY_RUN: dict[str, Any] = {"epochs": 1, "batch": 8, "scoring_rows": 2, "sparsity": 0.6}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
+from transformers import AutoTokenizer
 
 from compress.artifact import read_manifest
 from compress.schema import list_files
@@ -125,6 +128,8 @@ def test_the_last_line_says_what_is_stored_and_what_is_executed(
     assert "3 of 5 blocks are stored and all are executed" in captured.err
     assert main(["export", str(tmp_path / "out"), "--to", "hf", "--expand", "-o", str(tmp_path / "whole")]) == 0
     assert "5 blocks are stored in place of 3" in capsys.readouterr().err
+    assert main(["show", str(tmp_path / "out")]) == 0
+    assert "model of 5 blocks, of which 3 are stored" in capsys.readouterr().err
 
 
 def test_an_artifact_is_healed_alone_by_what_it_came_from(dense: Path, tmp_path: Path) -> None:
@@ -144,4 +149,11 @@ def test_a_teacher_that_is_not_asked_or_not_understood_is_refused(
     assert main([*line(dense, tmp_path / "out"), "--teacher", str(dense)]) == 2
     assert "learns from a teacher" in capsys.readouterr().err
     assert main(fold(dense, tmp_path / "out", "--teacher", str(tmp_path / "none"))) == 2
+    other = shutil.copytree(dense, tmp_path / "other")
+    tokenizer: Any = AutoTokenizer.from_pretrained(dense)
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(other)
+    capsys.readouterr()
+    assert main(fold(dense, tmp_path / "out", "--teacher", str(other))) == 2
+    assert "another tokenizer" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
