@@ -55,9 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each (5)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="all")
     given = parser.parse_args(argv)
+    if given.repeats < 1:
+        parser.error(f"--repeats {given.repeats}: give 1 or more")
     exports = {"baseline": given.baseline, "candidate": given.candidate}
     sizes = {side: sum(f.stat().st_size for f in folder.glob("model.onnx*")) for side, folder in exports.items()}
-    runs = measure(exports, given.ways, given.repeats)
+    try:
+        runs = measure(exports, given.ways, given.repeats)
+    except ConfigError as error:
+        parser.error(str(error))
     sys.stdout.write(table(runs, sizes))
     if given.output:
         record = {"machine": asdict(machine()), "threads": 1, "file_bytes": sizes, "runs": runs}

@@ -27,7 +27,8 @@ class Run:
         scratch: a folder for what an interrupted run can go on from; None keeps nothing. It may be removed any time.
         consume: the model given may be cut in place, so that a big one is not held twice. Without it the model given is
             not changed.
-        teacher: the model that a method learns from, where it is not the model given; same tokens. Not changed.
+        teacher: the model that a method learns from, where it is not the model given: same tokens, on the same device
+            and in eval mode. Not changed.
         spill_bytes: hidden states up to so many bytes are held in memory at a time, and as many bytes of weights beside
             the model; what is more lies in memory-mapped files in ``scratch``.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from compress.result import Run
 from tests.conftest import tiny, token_rows
 
 ROWS = token_rows(4, 24)
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "fusegpt": {"sparsity": 0.4, "window": 4, "batch": 2, "epochs": 1, "coefficient_rank": 2, "lora_rank": 2},
     "foldgpt": {
         "sparsity": 0.1,
