@@ -71,8 +71,10 @@ def costs(model: PreTrainedModel) -> Costs:
 
 
 def block_weights(block: Block) -> int:
-    """Weights of the linears that a token passes in a block."""
-    return sum(module.weight.numel() for _, module in linears(block.module))
+    """Weights of the linears that a token passes in a block, adapters included."""
+    biases = {id(module.bias) for _, module in linears(block.module)}
+    of_linears = (p for _, module in linears(block.module) for p in module.parameters())
+    return sum(p.numel() for p in of_linears if id(p) not in biases)
 
 
 def parameters_at(block: Block, paths: Iterable[str]) -> int:

@@ -230,6 +230,28 @@ def check_owns(model: PreTrainedModel, what: str) -> None:
             )
 
 
+def check_may_share(model: PreTrainedModel, *, again: bool = False) -> None:
+    """Refuse, before anything is done, a model whose blocks cannot share weights.
+
+    Args:
+        model: on any device.
+        again: some may share already, as long as others do.
+
+    Raises:
+        ConfigError: its blocks lie on several devices.
+        UnsupportedArchitecture: a vision-language model, whose config cannot say it; or blocks share already.
+    """
+    if composite_of(model.config) is not None:
+        raise UnsupportedArchitecture(
+            f"a {model.config.model_type} model's config cannot say that blocks share weights: remove blocks (fusegpt, "
+            "sleb), which it can"
+        )
+    if not again:
+        check_owns(model, "sharing again")
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise ConfigError("blocks that share must lie on one device: give --device cuda or cpu, or group=1")
+
+
 def block_kinds(model: PreTrainedModel) -> list[tuple[object, ...]]:
     """What two blocks must have alike to share weights: the kind of attention, and every linear's shape and bias."""
     decoder = Decoder(model)
@@ -259,23 +281,19 @@ def share_blocks(
         generator: of the CPU, for the adapters.
 
     Raises:
-        BudgetError: a block is named twice, shares already, or is not there.
+        ConfigError: a block is named twice, shares already, or is not there.
         UnsupportedArchitecture: blocks of different kinds; or a vision-language model, whose config cannot say it.
 
     Source: FoldGPT, section "grouped parameter sharing".
     """
-    if composite_of(model.config) is not None:
-        raise UnsupportedArchitecture(
-            f"a {model.config.model_type} model's config cannot say that blocks share weights: remove blocks (fusegpt, "
-            "sleb), which it can"
-        )
+    check_may_share(model, again=True)
     decoder = Decoder(model)
     blocks, kinds = decoder.blocks, block_kinds(model)
     named = [block for parent, others in parents.items() for block in (parent, *others)]
     taken = {i for i, b in enumerate(layout_of(model).blocks) if b.shares_with is not None for i in (i, b.shares_with)}
     for block in named:
         if not 0 <= block < len(blocks) or named.count(block) > 1 or block in taken:
-            raise BudgetError(f"block {block} cannot share: it is not there, shares already, or is named twice")
+            raise ConfigError(f"block {block} cannot share: it is not there, shares already, or is named twice")
     for parent, others in parents.items():
         for other in others:
             if kinds[other] != kinds[parent]:

@@ -72,7 +72,8 @@ class Teacher:
         rows, length = self.calibration.tokens.shape
         total = 0.0
         for part in parts(rows, length, first=first):
-            last = through(student, self.calibration.batch(part, self.run.device), None, 0, len(student))
+            with autocast(self.decoder.model, self.run.device):  # as its own states were made
+                last = through(student, self.calibration.batch(part, self.run.device), None, 0, len(student))
             total += self.kl(student, last, part)
         return total / ((rows - first) * length)
 
@@ -139,9 +140,7 @@ def check_teacher(student: Decoder, teacher: Decoder, tail: int) -> None:
     """
     vocabulary, theirs = student.config.vocab_size, teacher.config.vocab_size
     if vocabulary != theirs:
-        raise ConfigError(
-            f"the teacher has {theirs} tokens and the model {vocabulary}: give one with the same tokenizer"
-        )
+        raise ConfigError(f"the teacher predicts {theirs} tokens and the model {vocabulary}: give one with as many")
     if tail and student.config.hidden_size != teacher.config.hidden_size:
         raise ConfigError("the teacher's hidden states have another width: give tail=0")
     if tail > 1 and len(student) != len(teacher):

@@ -90,7 +90,10 @@ def optimise(
 
     Raises:
         FoldawayError: the loss is not a finite number any more.
+        ValueError: rows do not fill batches.
     """
+    if rows < batch or rows % batch:
+        raise ValueError(f"{rows} rows do not fill batches of {batch}")
     steps = epochs * (rows // batch) if steps is None else steps
     parameters: list[dict[str, Any]] = [
         {"params": list(g.parameters), "lr": g.learning_rate} for g in groups if g.parameters

@@ -224,11 +224,13 @@ def _compress(arguments: argparse.Namespace) -> int:
     from compress.device import AUTO
     from compress.files import check_free
     from compress.sources import load
-    from deploy.steps import compress_model
+    from deploy.steps import check_taught, compress_model
 
     model, steps, calibration = _what_to_compress(arguments)
     if arguments.spill < 0:
         raise ConfigError(f"--spill {arguments.spill}: give 0 bytes or more")
+    if arguments.teacher:
+        check_taught([method for method, _ in steps])
     if arguments.dry_run:
         return _predict(model, steps, calibration, arguments.spill)
     device = arguments.device if arguments.device == AUTO else checked_device(arguments.device)

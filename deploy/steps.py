@@ -21,7 +21,6 @@ from compress.sources import Loaded
 from compress.surgery import without_weights
 from deploy.recipe import CalibrationSpec, EvaluationSpec
 
-LEARN_FROM_TEACHER = ("foldgpt",)
 CHECK_TOKENS = 128
 """Tokens that every export is checked on, whole and one by one."""
 
@@ -61,7 +60,8 @@ def compress_model(
     if composite_of(loaded.model.config) is not None or layout_of(loaded.model).kind == "shared" or len(steps) > 1:
         _try_on_shapes(loaded.model, steps, calibration)
     if teacher is not None:
-        _check_teacher(loaded, teacher, [method for method, _ in steps])
+        check_taught([method for method, _ in steps])
+        _check_tokenizers(loaded, teacher)
         put(teacher.model, device)
     origin, taken, parent = artifact.ancestry(loaded)
     model = loaded.model
@@ -101,10 +101,15 @@ def compress_model(
     )
 
 
-def _check_teacher(loaded: Loaded, teacher: Loaded, methods: Sequence[str]) -> None:
-    """Refuse a teacher that would not be asked, or not be understood."""
-    if not set(methods) & set(LEARN_FROM_TEACHER):
-        raise ConfigError(f"only {', '.join(LEARN_FROM_TEACHER)} learns from a teacher; leave --teacher out")
+def check_taught(methods: Sequence[str]) -> None:
+    """Raise ConfigError unless one of some methods learns from a teacher."""
+    if not any(METHODS[method].learns_from_teacher for method in methods):
+        able = ", ".join(name for name, method in METHODS.items() if method.learns_from_teacher)
+        raise ConfigError(f"{', '.join(methods)} does not learn from a teacher, only {able}: leave --teacher out")
+
+
+def _check_tokenizers(loaded: Loaded, teacher: Loaded) -> None:
+    """Raise ConfigError for a teacher whose tokens mean something else."""
     if loaded.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         raise ConfigError(f"{teacher.origin.name} has another tokenizer than {loaded.origin.name}: it cannot teach it")
 

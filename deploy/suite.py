@@ -154,6 +154,10 @@ class Suite(Strict):
                 if not named or not set(self.exports.sparsities) & set(named[0].sparsities or self.sparsities):
                     wanted = ", ".join(map(str, self.exports.sparsities))
                     raise ValueError(f"exports: no method {label!r} at sparsity {wanted}")
+            exported = [m for m in self.methods if m.label in self.exports.labels]
+            there = {sparsity for m in exported for sparsity in m.sparsities or self.sparsities}
+            if stray := set(self.exports.sparsities) - there:
+                raise ValueError(f"exports: none of the labels has sparsity {min(stray)}")
         if self.calibrations is not None:
             if self.calibrations.label not in labels:
                 raise ValueError(f"calibrations: no method has the label {self.calibrations.label!r}")

@@ -26,6 +26,7 @@ class Method:
         paper: citation.
         memory: ``memory(model, rows, length, config, spill_bytes) -> bytes`` that ``compress`` holds beside the model
             and one pass, for methods that hold more than that.
+        learns_from_teacher: whether ``run.teacher`` matters.
     """
 
     config: type[Any]
@@ -33,6 +34,7 @@ class Method:
     outline: Callable[..., float]
     paper: str
     memory: Callable[..., int] | None = None
+    learns_from_teacher: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -41,7 +43,12 @@ METHODS: dict[str, Method] = {
         fusegpt.FuseGPTConfig, fusegpt.compress, fusegpt.outline, "FuseGPT, Pei et al. 2024", fusegpt.memory
     ),
     "foldgpt": Method(
-        foldgpt.FoldGPTConfig, foldgpt.compress, foldgpt.outline, "FoldGPT, Liu et al. 2024", foldgpt.memory
+        foldgpt.FoldGPTConfig,
+        foldgpt.compress,
+        foldgpt.outline,
+        "FoldGPT, Liu et al. 2024",
+        foldgpt.memory,
+        learns_from_teacher=True,
     ),
     "shortgpt": Method(
         baselines.SimilarityConfig, baselines.shortgpt, baselines.similarity_outline, "ShortGPT, Men et al. 2024"

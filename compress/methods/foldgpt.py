@@ -59,7 +59,7 @@ from compress.ranking import lowest_indices
 from compress.remote_code import linears
 from compress.result import CompressedModel, Report, Run
 from compress.resume import identity
-from compress.surgery import block_kinds, check_owns, clone, drop_blocks, removable, share_blocks
+from compress.surgery import block_kinds, check_may_share, clone, drop_blocks, removable, share_blocks
 from compress.teacher import CHUNK_TOKENS, Teacher, check_teacher
 from compress.training import Group, optimise
 
@@ -220,7 +220,7 @@ def compress(
     if config.epochs and config.next_token and calibration.recorded is not None:
         raise ConfigError("healing predicts tokens, and some of these rows' are images: give next_token=0")
     pruned = model if run.consume else clone(model)
-    with evaluating(pruned):
+    with evaluating(pruned), evaluating(run.teacher or pruned):
         folding = _Folding(pruned, calibration, config, plan, run)
         folding.remove()
         folding.share()
@@ -268,7 +268,7 @@ def plan_for(model: PreTrainedModel, rows: int, config: FoldGPTConfig) -> Plan:
     goes = budget.blocks_to_remove(config.sparsity, blocks)
     protected = removable(model, goes, config.blocks, config.protect, config.sparsity)
     if config.group > 1:
-        check_owns(model, "sharing again")
+        check_may_share(model)
         room = blocks - goes - 2 * config.keep_ends
         if config.group > room:
             raise ConfigError(
@@ -282,6 +282,8 @@ def plan_for(model: PreTrainedModel, rows: int, config: FoldGPTConfig) -> Plan:
         raise ConfigError("held_out=0: removals and parents are judged on rows held out; give 1 or more, 8 say")
     if config.held_out > rows:
         raise ConfigError(f"held_out={config.held_out}: there are {rows} calibration rows; hold out fewer")
+    if (config.learns_gates or config.epochs) and model.dtype == torch.float16:
+        raise ConfigError("gradients of single tokens are lost in fp16: load the model in bf16 or fp32")
     learnt = rows - config.held_out
     if (config.learns_gates or config.epochs) and (learnt < config.batch or learnt % config.batch):
         raise ConfigError(
@@ -475,7 +477,8 @@ class _Folding:
             value = self.teacher.loss(decoder, last, rows)
             excess = torch.relu((g * costs).sum() / costs.sum() - stays)
             soft = config.polarisation_weight * progress * (g * (1 - g)).mean()
-            return value + config.flops_weight * excess.square() + soft
+            extra = config.flops_weight * excess.square() + soft
+            return value + extra.to(value.device)
 
         learnt = optimise(
             [Group([thetas], config.gate_lr)],
@@ -491,6 +494,7 @@ class _Folding:
         )
         # The first block is not learnt through: only what it gives counts for its gate.
         self._count(config.gate_steps * config.batch * (3 * len(decoder) - 2))
+        self.resumed_seconds += learnt.resumed_seconds
         return gates(config.gate_eps).tolist(), list(learnt.losses)
 
     @torch.no_grad()
@@ -558,13 +562,17 @@ class _Folding:
         looked_at = list(parts(self.plan.learnt + rows, length, first=self.plan.learnt))
         for done, part in enumerate(looked_at):
             inputs = self.calibration.batch(part, self.run.device)
-            entering = block_states(decoder, inputs)
+            with autocast(self.model, self.run.device):  # as the teacher's states were made
+                entering = block_states(decoder, inputs)
             tried = 0
             for group in runs:
                 members = [blocks[i] for i in group]
                 for place, owner in enumerate(members):
                     others = [member for member in members if member is not owner]
-                    with sharing(others, owner, own_biases=self.config.own_biases):
+                    with (
+                        sharing(others, owner, own_biases=self.config.own_biases),
+                        autocast(self.model, self.run.device),
+                    ):
                         last = through(decoder, inputs, entering[group.start], group.start, len(decoder))
                     total[group.start][place] += self.teacher.kl(decoder, last, part)
                     tried += 1
@@ -659,9 +667,10 @@ class _Folding:
             self.resumed_seconds += kept["seconds"]
         except (OSError, ValueError, LookupError, TypeError):
             start, forwards = time.monotonic(), self.numbers["block_forwards"]
+            resumed = self.resumed_seconds
             found = work(self.run.scratch / f"{stem}.safetensors")
             forwards = self.numbers["block_forwards"] - forwards
-            seconds = time.monotonic() - start
+            seconds = time.monotonic() - start + self.resumed_seconds - resumed
             write_file(file, json.dumps({"found": found, "block_forwards": forwards, "seconds": seconds}))
         return found
 

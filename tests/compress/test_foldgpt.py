@@ -45,8 +45,9 @@ LOOKED_AT = token_rows(2, 20, seed=1).tokens  # beyond gemma3's window of 8
 SMALL: dict[str, Any] = {
     "sparsity": 0.2,  # one block of five, two of gemma3's six
     "protect": (0, 1),  # which are alike in all models, so that there is always a group
-    "gate_steps": 5,
-    "gate_lr": 0.1,
+    "gate_steps": 6,
+    "gate_lr": 0.2,
+    "flops_weight": 10.0,
     "keep_ends": 0,
     "epochs": 2,
     "batch": 3,
@@ -633,34 +634,37 @@ def test_the_block_forwards_reported_are_those_counted(options: dict[str, Any]) 
 
 # What is refused
 
-REFUSED: dict[str, dict[str, Any]] = {
-    "all blocks go": {"sparsity": 0.9},
-    "all but those protected": {"sparsity": 0.8},
-    "a group larger than the model": {"group": 6},
-    "a group larger than what is left": {"group": 5},
-    "a group larger than what is between the ends": {"keep_ends": 1, "group": 3},
-    "ends that are all": {"keep_ends": 2},
-    "rows that fill no whole batch": {"batch": 4},
-    "fewer rows than a batch": {"batch": 12},
-    "all rows are held out": {"held_out": 8},
-    "more rows are held out than there are": {"held_out": 9},
-    "no rows to judge gates": {"held_out": 0, "batch": 4},
-    "no rows to judge parents": {"held_out": 0, "batch": 4, "sparsity": 0},
-    "no rows to judge boundaries": {
-        "held_out": 0,
-        "batch": 4,
-        "sparsity": 0,
-        "parent": "first",
-        "boundaries": "greedy",
-    },
-    "groups that are counted but not chosen": {"groups": 1},
-    "a block that does not exist": {"blocks": (5,)},
-    "a block that is protected": {"blocks": (1,)},
-    "more blocks than the share": {"blocks": (2, 3)},
-    "an eps that does not fall": {"gate_eps": 0.2},
-    "no loss": {"next_token": 0.0, "distil": 0.0, "tail": 0},
-    "a temperature of zero": {"temperature": 0.0},
-    "no group": {"group": 0},
+# What is asked for, and what the message says of it.
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "all blocks go": ("all 5 blocks", {"sparsity": 0.9}),
+    "all but those protected": ("protect", {"sparsity": 0.8}),
+    "a group larger than the model": ("group=6", {"group": 6}),
+    "a group larger than what is left": ("group=5", {"group": 5}),
+    "a group larger than what is between the ends": ("group=3", {"keep_ends": 1, "group": 3}),
+    "ends that are all": ("keep_ends|group=2", {"keep_ends": 2}),
+    "rows that fill no whole batch": ("batches of 4", {"batch": 4}),
+    "fewer rows than a batch": ("batches of 12", {"batch": 12}),
+    "all rows are held out": ("batches", {"held_out": 8}),
+    "more rows are held out than there are": ("held_out=9", {"held_out": 9}),
+    "no rows to judge gates": ("held_out=0", {"held_out": 0, "batch": 4}),
+    "no rows to judge parents": ("held_out=0", {"held_out": 0, "batch": 4, "sparsity": 0}),
+    "no rows to judge boundaries": (
+        "held_out=0",
+        {
+            "held_out": 0,
+            "batch": 4,
+            "sparsity": 0,
+            "boundaries": "greedy",
+        },
+    ),
+    "groups that are counted but not chosen": ("groups=1", {"groups": 1}),
+    "a block that does not exist": ("no block 5", {"blocks": (5,)}),
+    "a block that is protected": ("block 1", {"blocks": (1,)}),
+    "more blocks than the share": ("names 2", {"blocks": (2, 3)}),
+    "an eps that does not fall": ("gate_eps", {"gate_eps": 0.2}),
+    "no loss": ("no loss", {"next_token": 0.0, "distil": 0.0, "tail": 0}),
+    "a temperature of zero": ("temperature", {"temperature": 0.0}),
+    "no group": ("group=0", {"group": 0}),
 }
 
 
@@ -673,8 +677,9 @@ def test_it_refuses_before_any_work(what: str) -> None:
 
     model.register_forward_pre_hook(work)
     Decoder(model).blocks[0].module.register_forward_pre_hook(work)
-    with pytest.raises((ConfigError, BudgetError)):
-        compress(model, run=Run(progress=work), **REFUSED[what])
+    said, options = REFUSED[what]
+    with pytest.raises((ConfigError, BudgetError), match=said):
+        compress(model, run=Run(progress=work), **options)
 
 
 @pytest.mark.parametrize("boundaries", ["fixed", "greedy"])

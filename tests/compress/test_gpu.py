@@ -17,6 +17,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "2ssp": {},
     "shortgpt": {},
     "fusegpt": {"window": 4, "batch": 2, "epochs": 1, "coefficient_rank": 2, "lora_rank": 2},
+    "foldgpt": {"group": 1, "gate_steps": 2, "batch": 1, "held_out": 1, "lora_rank": 2},
 }
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from compress import artifact, budget
 from compress.artifact import OriginEntry
 from compress.decoder import Decoder
-from compress.errors import BudgetError, ConfigError, UnsupportedArchitecture
+from compress.errors import ConfigError, UnsupportedArchitecture
 from compress.evaluate import logits_of
 from compress.gating import sharing
 from compress.layout import layout_of
@@ -136,7 +136,7 @@ def test_where_the_owner_goes_the_others_keep_its_weights(architecture: str) -> 
 
 def test_adapters_become_part_of_weights_that_are_shared_no_more(architecture: str) -> None:
     model = shared(architecture, adapter_rank=2)
-    first, second = like_pair(model)
+    _, second = like_pair(model)
     whole = clone(model)
     expand(whole)
     drop_blocks(whole, [second])
@@ -144,7 +144,6 @@ def test_adapters_become_part_of_weights_that_are_shared_no_more(architecture: s
     assert layout_of(model) == layout_of(whole)
     assert [b.adapter_rank for b in layout_of(model).blocks] == [0] * (len(Decoder(whole)))
     assert torch.allclose(logits_of(model)(TOKENS), logits_of(whole)(TOKENS), atol=1e-4)
-    assert first < second
 
 
 def test_sharing_on_trial_leaves_no_trace(architecture: str) -> None:
@@ -160,13 +159,13 @@ def test_sharing_on_trial_leaves_no_trace(architecture: str) -> None:
 
 @pytest.mark.parametrize("parents", [{0: [0]}, {0: [1], 1: [3]}, {5: [0]}, {0: [-1]}])
 def test_groups_that_cannot_be_meant_are_refused(parents: dict[int, list[int]]) -> None:
-    with pytest.raises(BudgetError, match="cannot share"):
+    with pytest.raises(ConfigError, match="cannot share"):
         share_blocks(tiny("llama"), parents)
 
 
 def test_what_shares_already_is_not_shared_again() -> None:
     model = shared("llama")
-    with pytest.raises(BudgetError, match="shares already"):
+    with pytest.raises(ConfigError, match="shares already"):
         share_blocks(model, {1: [2]})
 
 

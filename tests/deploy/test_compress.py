@@ -147,7 +147,7 @@ def test_a_teacher_that_is_not_asked_or_not_understood_is_refused(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*line(dense, tmp_path / "out"), "--teacher", str(dense)]) == 2
-    assert "learns from a teacher" in capsys.readouterr().err
+    assert "does not learn from a teacher" in capsys.readouterr().err
     assert main(fold(dense, tmp_path / "out", "--teacher", str(tmp_path / "none"))) == 2
     other = shutil.copytree(dense, tmp_path / "other")
     tokenizer: Any = AutoTokenizer.from_pretrained(dense)
