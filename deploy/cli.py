@@ -150,7 +150,7 @@ def _add_compress(commands: Any) -> None:
             ranking=gates   what goes: gates, block_influence, macro_influence or loss; or blocks=[4,9]
             protect=[0,-1]  never remove these; negative ones count from the end
             gate_steps=300, gate_lr=0.02, gate_eps=0.0001    how gates learn
-            flops_weight=200, polarisation_weight=0.1    of their constraints
+            flops_weight=200, polarisation_weight=10    of their constraints
             check=true      remove what block influence would, where that harms less
             group=2         blocks that share; 1: none do
             keep_ends=2     so many of the first and of the last blocks share with none

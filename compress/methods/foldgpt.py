@@ -121,7 +121,7 @@ class FoldGPTConfig:
     gate_lr: float = 2e-2
     gate_eps: float = 1e-4
     flops_weight: float = 200.0
-    polarisation_weight: float = 0.1
+    polarisation_weight: float = 10.0
     group: int = 2
     keep_ends: int = 2
     boundaries: str = "fixed"

@@ -116,7 +116,7 @@ CHANGES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
         "gate_lr": (0.3, NO_RATE),
         "gate_eps": (1e-3, [0, -1, 0.2, float("nan"), "low", None]),
         "flops_weight": (0.0, NO_WEIGHT),
-        "polarisation_weight": (5.0, NO_WEIGHT),
+        "polarisation_weight": (0.5, NO_WEIGHT),
         "group": (1, [0, 5, 1.5, "2", None]),
         "keep_ends": (1, [-1, 2, 1.5, "0", None]),
         "boundaries": ("fixed", ["best", "", None]),
