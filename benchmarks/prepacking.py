@@ -33,10 +33,12 @@ import numpy as np
 from benchmarks.machine import machine
 from compress.errors import ConfigError, require
 from compress.files import write_file
+from exporters.onnx_session import read_settings
 
 WAYS = ("default", "off", "saved")
 PROMPT_TOKENS, STEPS, TIMED_STEPS = 64, 32, 64
-"""A prompt that is read in one run, the steps before memory is read again, and those that are timed after that."""
+"""A prompt that is read in one run, the steps before memory is read again, and those that are timed after that; fewer
+where the context is shorter than all of them."""
 
 Run = dict[str, float]
 """``idle_bytes``, ``{loaded,used}_{anon,file,total}_bytes``, ``peak_bytes``, ``load_seconds``, and
@@ -79,14 +81,17 @@ def measure(exports: dict[str, Path], ways: Sequence[str] = WAYS, repeats: int =
     runs: Runs = {way: {side: [] for side in exports} for way in ways}
     with tempfile.TemporaryDirectory() as scratch:
         graphs = {side: folder / "model.onnx" for side, folder in exports.items()}
+        contexts = {
+            s: read_settings(folder / "config.json")["max_position_embeddings"] for s, folder in exports.items()
+        }
         packed = {side: Path(scratch) / f"{side}.onnx" for side in exports}
         for side in exports if "saved" in ways else ():
-            _in_a_process("save", graphs[side], packed[side])
+            _in_a_process("save", graphs[side], contexts[side], packed[side])
         for _ in range(repeats):
             for way in ways:
                 for side in exports:
                     graph = packed[side] if way == "saved" else graphs[side]
-                    runs[way][side].append(json.loads(_in_a_process(way, graph)))
+                    runs[way][side].append(json.loads(_in_a_process(way, graph, contexts[side])))
     return runs
 
 
@@ -129,8 +134,10 @@ def _in_a_process(*arguments: object) -> str:
     return done.stdout
 
 
-def _run(way: str, graph: str, packed: str = "") -> None:
-    """Load a graph in one way and use it; or ``save`` it with its packed weights."""
+def _run(way: str, graph: str, context: str, packed: str = "") -> None:
+    """Load a graph in one way and use it, as far as its context goes; or ``save`` it with its packed weights."""
+    room = min(1.0, int(context) / (PROMPT_TOKENS + STEPS + TIMED_STEPS))
+    prompt, steps, timed = (int(tokens * room) for tokens in (PROMPT_TOKENS, STEPS, TIMED_STEPS))
     ort = require("onnxruntime", "onnx")
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -153,11 +160,11 @@ def _run(way: str, graph: str, packed: str = "") -> None:
         return
     loaded = _resident()
     decode = _Decode(session)
-    decode.run(np.random.default_rng(0).integers(0, decode.vocabulary, (1, PROMPT_TOKENS)))
-    decode.steps(STEPS)
+    decode.run(np.random.default_rng(0).integers(0, decode.vocabulary, (1, prompt)))
+    decode.steps(steps)
     used = _resident()
     start = perf_counter()
-    decode.steps(TIMED_STEPS)
+    decode.steps(timed)
     seconds = perf_counter() - start
     run = {
         f"{name}_{kind}_bytes": now[kind] - idle[kind]
@@ -165,7 +172,7 @@ def _run(way: str, graph: str, packed: str = "") -> None:
         for kind in ("anon", "file", "total")
     }
     sizes = {"idle_bytes": idle["total"], "peak_bytes": used["peak"] - idle["total"]}
-    speeds = {"load_seconds": load_seconds, "decode_tokens_per_second": TIMED_STEPS / seconds}
+    speeds = {"load_seconds": load_seconds, "decode_tokens_per_second": timed / seconds}
     sys.stdout.write(json.dumps(run | sizes | speeds))
 
 

@@ -764,7 +764,7 @@ DEPENDS: dict[str, list[dict[str, Any]]] = {
     "removal": [
         {"seed": 1},
         {"gate_steps": 4},
-        {"gate_lr": 0.2},
+        {"gate_lr": 0.1},
         {"gate_eps": 1e-3},
         {"flops_weight": 3.0},
         {"polarisation_weight": 2.0},
