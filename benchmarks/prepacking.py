@@ -95,6 +95,11 @@ def measure(exports: dict[str, Path], ways: Sequence[str] = WAYS, repeats: int =
     return runs
 
 
+def context_of(export: Path) -> int:
+    """The most tokens that an export has positions for."""
+    return int(read_settings(export / "config.json")["max_position_embeddings"])
+
+
 def table(runs: Runs, sizes: dict[str, int]) -> str:
     """Medians in MB (1e6 bytes), seconds and tokens/second, and candidate / baseline. Markdown."""
     columns = {
