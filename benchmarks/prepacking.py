@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import machine
-from compress.errors import ConfigError, require
+from compress.errors import ConfigError, FoldawayError, require
 from compress.files import write_file
 from exporters.onnx_session import read_settings
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = {side: sum(f.stat().st_size for f in folder.glob("model.onnx*")) for side, folder in exports.items()}
     try:
         runs = measure(exports, given.ways, given.repeats)
-    except ConfigError as error:
+    except FoldawayError as error:
         parser.error(str(error))
     sys.stdout.write(table(runs, sizes))
     if given.output:
@@ -76,14 +76,13 @@ def measure(exports: dict[str, Path], ways: Sequence[str] = WAYS, repeats: int =
     """Load and use each export in each way, taking turns.
 
     Raises:
-        ConfigError: an export cannot be loaded.
+        BackendError: one is no export.
+        ConfigError: one cannot be loaded.
     """
     runs: Runs = {way: {side: [] for side in exports} for way in ways}
     with tempfile.TemporaryDirectory() as scratch:
         graphs = {side: folder / "model.onnx" for side, folder in exports.items()}
-        contexts = {
-            s: read_settings(folder / "config.json")["max_position_embeddings"] for s, folder in exports.items()
-        }
+        contexts = {side: context_of(folder) for side, folder in exports.items()}
         packed = {side: Path(scratch) / f"{side}.onnx" for side in exports}
         for side in exports if "saved" in ways else ():
             _in_a_process("save", graphs[side], contexts[side], packed[side])
