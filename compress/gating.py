@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,12 +92,19 @@ def scaled(decoder: Decoder, gates: Tensor) -> Iterator[None]:
 
         return hook
 
-    hooks = [module.register_forward_hook(scale(i)) for i, module in enumerate(decoder.block_list)]
+    with _hooked((module, scale(i)) for i, module in enumerate(decoder.block_list)):
+        yield
+
+
+@contextmanager
+def _hooked(hooks: Iterable[tuple[nn.Module, Any]]) -> Iterator[None]:
+    """Let functions of what enters and leaves some modules take the place of what leaves them."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -125,12 +132,8 @@ def added(pairs: Mapping[nn.Module, LowRank]) -> Iterator[None]:
 
         return hook
 
-    hooks = [module.register_forward_hook(add(pair)) for module, pair in pairs.items()]
-    try:
+    with _hooked((module, add(pair)) for module, pair in pairs.items()):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from compress.decoder import Decoder, Projection
 from compress.lowrank import GraftedVector, LowRank
-from compress.remote_code import linears, submodule
+from compress.remote_code import linears, merged, submodule
 
 
 class Healing:
@@ -59,12 +58,9 @@ class Healing:
     def fold(self) -> None:
         """Put what was learnt into the model: pairs are merged into their matrices, and every user gets the new one."""
         for pair, modules in self._users.items():
-            old = modules[0].weight
-            wide = torch.promote_types(old.dtype, torch.float32)
-            product = pair(wide).T if isinstance(modules[0], Conv1D) else pair(wide)
-            merged = nn.Parameter((old.to(wide) + product).to(old.dtype), requires_grad=old.requires_grad)
+            weight = merged(modules[0], pair.left, pair.right)
             for module in modules:
-                module.weight = merged
+                module.weight = weight
         twins = dict[int, list[str]]()
         for name, parameter in self.decoder.block_list.named_parameters(remove_duplicate=False):
             twins.setdefault(id(parameter), []).append(name)

@@ -242,13 +242,18 @@ def merge_adapters(block: nn.Module) -> None:
     """Put the products of a block's adapters into its weights, which must be its own."""
     for _, module in linears(block):
         if hasattr(module, "lora_left"):
-            weight, transposed = module.weight, isinstance(module, Conv1D)
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            product = module.lora_left.to(wide) @ module.lora_right.to(wide)
-            value = weight.to(wide) + (product.T if transposed else product)
-            module.weight = nn.Parameter(value.to(weight.dtype), requires_grad=weight.requires_grad)
+            module.weight = merged(module, module.lora_left, module.lora_right)
             del module.lora_left, module.lora_right
-            _become(module, Conv1D if transposed else nn.Linear)
+            _become(module, Conv1D if isinstance(module, Conv1D) else nn.Linear)
+
+
+def merged(module: Any, left: torch.Tensor, right: torch.Tensor) -> nn.Parameter:
+    """The weight of a linear with ``left @ right``, (out, rank) by (rank, in), added in fp32 or wider."""
+    weight = module.weight
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    product = left.to(wide) @ right.to(wide)
+    value = weight.to(wide) + (product.T if isinstance(module, Conv1D) else product)
+    return nn.Parameter(value.to(weight.dtype), requires_grad=weight.requires_grad)
 
 
 def _become(module: Any, cls: Any) -> None:

@@ -194,6 +194,13 @@ def removable(
     return protected
 
 
+def drop_some(model: PreTrainedModel, goes: int, blocks: Sequence[int] | None, protected: frozenset[int]) -> None:
+    """Remove so many blocks, for shapes alone: those named, or the first that may go; one that attends stays."""
+    attending = layout_of(model).attention_blocks
+    stays = protected if protected & set(attending) else protected | {attending[-1]}
+    drop_blocks(model, blocks or [block for block in range(len(Decoder(model))) if block not in stays][:goes])
+
+
 def check_may_differ(model: PreTrainedModel, what: str) -> None:
     """Refuse, before anything is cut, what would leave unlike blocks in a model whose config cannot say so.
 
@@ -230,24 +237,21 @@ def check_owns(model: PreTrainedModel, what: str) -> None:
             )
 
 
-def check_may_share(model: PreTrainedModel, *, again: bool = False) -> None:
+def check_may_share(model: PreTrainedModel) -> None:
     """Refuse, before anything is done, a model whose blocks cannot share weights.
 
     Args:
         model: on any device.
-        again: some may share already, as long as others do.
 
     Raises:
         ConfigError: its blocks lie on several devices.
-        UnsupportedArchitecture: a vision-language model, whose config cannot say it; or blocks share already.
+        UnsupportedArchitecture: a vision-language model, whose config cannot say it.
     """
     if composite_of(model.config) is not None:
         raise UnsupportedArchitecture(
             f"a {model.config.model_type} model's config cannot say that blocks share weights: remove blocks (fusegpt, "
             "sleb), which it can"
         )
-    if not again:
-        check_owns(model, "sharing again")
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise ConfigError("blocks that share must lie on one device: give --device cuda or cpu, or group=1")
 
@@ -286,7 +290,7 @@ def share_blocks(
 
     Source: FoldGPT, section "grouped parameter sharing".
     """
-    check_may_share(model, again=True)
+    check_may_share(model)
     decoder = Decoder(model)
     blocks, kinds = decoder.blocks, block_kinds(model)
     named = [block for parent, others in parents.items() for block in (parent, *others)]

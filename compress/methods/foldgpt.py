@@ -59,7 +59,16 @@ from compress.ranking import lowest_indices
 from compress.remote_code import linears
 from compress.result import CompressedModel, Report, Run
 from compress.resume import identity
-from compress.surgery import block_kinds, check_may_share, clone, drop_blocks, removable, share_blocks
+from compress.surgery import (
+    block_kinds,
+    check_may_share,
+    check_owns,
+    clone,
+    drop_blocks,
+    drop_some,
+    removable,
+    share_blocks,
+)
 from compress.teacher import CHUNK_TOKENS, Teacher, check_teacher
 from compress.training import Group, optimise
 
@@ -188,6 +197,11 @@ class FoldGPTConfig:
         return self.ranks and self.ranking == GATES
 
     @property
+    def learns(self) -> bool:
+        """Whether calibration rows are learnt from."""
+        return self.learns_gates or self.epochs > 0
+
+    @property
     def tries_sharing(self) -> bool:
         """Whether groups or their parents are chosen by trial."""
         return self.group > 1 and self.parent == "divergence"
@@ -269,6 +283,7 @@ def plan_for(model: PreTrainedModel, rows: int, config: FoldGPTConfig) -> Plan:
     protected = removable(model, goes, config.blocks, config.protect, config.sparsity)
     if config.group > 1:
         check_may_share(model)
+        check_owns(model, "sharing again")
         room = blocks - goes - 2 * config.keep_ends
         if config.group > room:
             raise ConfigError(
@@ -282,10 +297,10 @@ def plan_for(model: PreTrainedModel, rows: int, config: FoldGPTConfig) -> Plan:
         raise ConfigError("held_out=0: removals and parents are judged on rows held out; give 1 or more, 8 say")
     if config.held_out > rows:
         raise ConfigError(f"held_out={config.held_out}: there are {rows} calibration rows; hold out fewer")
-    if (config.learns_gates or config.epochs) and model.dtype == torch.float16:
+    if config.learns and model.dtype == torch.float16:
         raise ConfigError("gradients of single tokens are lost in fp16: load the model in bf16 or fp32")
     learnt = rows - config.held_out
-    if (config.learns_gates or config.epochs) and (learnt < config.batch or learnt % config.batch):
+    if config.learns and (learnt < config.batch or learnt % config.batch):
         raise ConfigError(
             f"{rows} calibration rows do not fill batches of {config.batch}: give "
             f"{max(1, math.ceil(learnt / config.batch)) * config.batch} rows besides the {config.held_out} held out, "
@@ -301,14 +316,12 @@ def outline(model: PreTrainedModel, rows: int, config: FoldGPTConfig) -> float:
     the first that may.
     """
     plan, blocks = plan_for(model, rows, config), len(Decoder(model))
-    attending = layout_of(model).attention_blocks
-    passes = float(rows if config.epochs or config.learns_gates else config.held_out)
+    passes = float(rows if config.learns else config.held_out)
     if config.learns_gates:
         passes += 3.0 * config.gate_steps * config.batch
     if config.ranks:
         passes += config.held_out * (3 if config.ranking in (GATES, "block_influence") else 1 + blocks / 2)
-    stays = plan.protected if plan.protected & set(attending) else plan.protected | {attending[-1]}
-    drop_blocks(model, config.blocks or [block for block in range(blocks) if block not in stays][: plan.goes])
+    drop_some(model, plan.goes, config.blocks, plan.protected)
     kept = (blocks - plan.goes) / blocks
     if config.group > 1:
         found = _room(block_kinds(model), config)
@@ -329,7 +342,7 @@ def memory(model: PreTrainedModel, rows: int, length: int, config: FoldGPTConfig
     decoder, item = Decoder(model), model.dtype.itemsize
     width = int(decoder.config.hidden_size)
     states = min(rows * length * width * item * (1 + (config.tail if config.epochs else 0)), spill_bytes)
-    if not (config.learns_gates or config.epochs):
+    if not config.learns:
         return states
     shapes = [Projection(module).matrix.shape for block in decoder for _, module in linears(block.module)]
     features = sum(sum(shape) for shape in shapes)
@@ -614,8 +627,8 @@ class _Folding:
         def loss(rows: Tensor, step: int) -> Tensor:
             inputs = self.calibration.batch(rows, device)
             with ExitStack() as stack:
-                for context in (added(healing.pairs), autocast(self.model, device)):
-                    stack.enter_context(context)
+                stack.enter_context(added(healing.pairs))
+                stack.enter_context(autocast(self.model, device))
                 seen = [stack.enter_context(output_seen(module)) for module in ends]
                 last = through(decoder, inputs, None, 0, len(decoder), healing.values())
             value = self.teacher.loss(

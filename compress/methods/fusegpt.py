@@ -44,7 +44,6 @@ from compress.files import new_file
 from compress.gating import evaluating
 from compress.grafting import Grafts, Made, Ranks, base, coefficients
 from compress.influence import RANKINGS, cosines
-from compress.layout import layout_of
 from compress.losses import LOSSES, wide
 from compress.options import check_flag, check_known, check_positive, check_seed, check_share, check_whole, places
 from compress.ranking import lowest_indices
@@ -52,7 +51,7 @@ from compress.remote_code import linears
 from compress.result import CompressedModel, Report, Run
 from compress.resume import identity
 from compress.spill import Store
-from compress.surgery import check_owns, clone, drop_blocks, removable
+from compress.surgery import check_owns, clone, drop_blocks, drop_some, removable
 from compress.training import Group, optimise
 
 SCORING_ROWS = 32
@@ -252,9 +251,7 @@ def outline(model: PreTrainedModel, rows: int, config: FuseGPTConfig) -> float:
             window = min(config.rerank_window, left)
             trial = _tuning_forwards(left / 2, window, config.rerank_epochs, plan, config) if config.tunes else 0
             forwards += plan.scored * left + config.rerank * (trial + plan.scored * (left - 1))
-    attending = layout_of(model).attention_blocks
-    stays = plan.protected if plan.protected & set(attending) else plan.protected | {attending[-1]}
-    drop_blocks(model, config.blocks or [block for block in range(blocks) if block not in stays][: plan.goes])
+    drop_some(model, plan.goes, config.blocks, plan.protected)
     return forwards / blocks
 
 
