@@ -77,7 +77,9 @@ def neuron_means(decoder: Decoder, statistic: Statistic, rows: Tensor, run: Run,
 
 
 @torch.no_grad()
-def block_similarity(decoder: Decoder, rows: TokenRows, run: Run, *, last_token_only: bool) -> list[float]:
+def block_similarity(
+    decoder: Decoder, rows: TokenRows, run: Run, *, last_token_only: bool, size: int = 1
+) -> list[float]:
     """Cosine between what enters a block and what leaves it, averaged over tokens, then over rows.
 
     Args:
@@ -85,11 +87,12 @@ def block_similarity(decoder: Decoder, rows: TokenRows, run: Run, *, last_token_
         rows: N calibration rows.
         run: progress and device.
         last_token_only: look at the last token of each row only.
+        size: blocks a run.
 
     Returns:
-        One similarity per block, in [-1, 1].
+        One similarity for each run of ``size`` consecutive blocks, by its first one, in [-1, 1].
     """
-    pairs = [(b, b + 1) for b in range(len(decoder))]
+    pairs = [(b, b + size) for b in range(len(decoder) - size + 1)]
     return _similarity(decoder, rows, pairs, run, "block influence", last_token_only)
 
 

@@ -24,6 +24,8 @@ class Architecture:
     Attributes:
         blocks: the ``ModuleList`` of decoder blocks, from the model.
         attention: the attention module, from the block.
+        attention_in: linears that produce queries, keys and values; one path where the three lie stacked in it.
+        attention_out: the linear that consumes what the heads give.
         attention_norms: norms that only the attention needs (before it, and after it where there is one).
         ffn_in: linears that produce the hidden neurons.
         ffn_in_fused: how many matrices lie stacked in each of ``ffn_in`` (2 for a fused gate|up).
@@ -33,11 +35,18 @@ class Architecture:
         ffn_width: config key of the number of hidden neurons.
         num_key_value_heads: config key of the number of KV heads.
         per_block_keys: config keys that hold one entry per block.
+        final_norm: the norm before the head, from the model.
+        position_embeddings: learnt ones, from the model.
+        norm_offset: what every norm over hidden channels adds to its weight before it multiplies with it.
+        hidden_keys: config keys of the number of hidden channels.
+        has_head_dim: whether the config may say how wide a head is; where not, it is hidden channels over heads.
         requires: config values without which this record is wrong.
     """
 
     blocks: str = "model.layers"
     attention: str = "self_attn"
+    attention_in: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    attention_out: str = "self_attn.o_proj"
     attention_norms: tuple[str, ...] = ("input_layernorm",)
     ffn_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     ffn_in_fused: int = 1
@@ -47,6 +56,11 @@ class Architecture:
     ffn_width: str = "intermediate_size"
     num_key_value_heads: str = "num_key_value_heads"
     per_block_keys: tuple[str, ...] = ("layer_types",)
+    final_norm: str = "model.norm"
+    position_embeddings: tuple[str, ...] = ()
+    norm_offset: float = 0.0
+    hidden_keys: tuple[str, ...] = ("hidden_size",)
+    has_head_dim: bool = True
     requires: Mapping[str, Any] = field(default_factory=dict)
 
     def block_parts(self) -> dict[str, Any]:
@@ -71,10 +85,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3_text": Architecture(
         attention_norms=("input_layernorm", "post_attention_layernorm"),
         ffn_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        norm_offset=1.0,
     ),
-    "phi3": Architecture(ffn_in=("mlp.gate_up_proj",), ffn_in_fused=2),
+    "phi3": Architecture(attention_in=("self_attn.qkv_proj",), ffn_in=("mlp.gate_up_proj",), ffn_in_fused=2),
     "opt": Architecture(
         blocks="model.decoder.layers",
+        attention_out="self_attn.out_proj",
         attention_norms=("self_attn_layer_norm",),
         ffn_in=("fc1",),
         ffn_out="fc2",
@@ -82,17 +98,26 @@ ARCHITECTURES: dict[str, Architecture] = {
         ffn_norms=("final_layer_norm",),
         ffn_width="ffn_dim",
         num_key_value_heads="num_attention_heads",
+        final_norm="model.decoder.final_layer_norm",
+        position_embeddings=("model.decoder.embed_positions",),
+        hidden_keys=("hidden_size", "word_embed_proj_dim"),
+        has_head_dim=False,
         requires={"do_layer_norm_before": True},
     ),
     "gpt2": Architecture(
         blocks="transformer.h",
         attention="attn",
+        attention_in=("attn.c_attn",),
+        attention_out="attn.c_proj",
         attention_norms=("ln_1",),
         ffn_in=("mlp.c_fc",),
         ffn_out="mlp.c_proj",
         ffn_norms=("ln_2",),
         ffn_width="n_inner",
         num_key_value_heads="num_attention_heads",
+        final_norm="transformer.ln_f",
+        position_embeddings=("transformer.wpe",),
+        has_head_dim=False,
         requires={"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
     ),
     # Language towers that come inside a composite only.

@@ -63,11 +63,8 @@ def costs(model: PreTrainedModel) -> Costs:
     weights = [block_weights(block) for block in decoder]
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     of_head = 0 if head is None else head.weight.numel()
-    config = decoder.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = int(getattr(config, decoder.arch.num_key_value_heads))
     attending = sum(block.attention is not None for block in decoder)
-    return Costs(2 * (sum(weights) + of_head), 2 * attending * heads * head_dim)
+    return Costs(2 * (sum(weights) + of_head), 2 * attending * decoder.kv_heads * decoder.head_dim)
 
 
 def block_weights(block: Block) -> int:

@@ -7,7 +7,7 @@ that is not changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,14 @@ class Projection:
         self._replace("weight", self._weight.index_select(1 - self._output_dim, index.to(self._weight.device)))
         self._tell_shape()
 
+    def change_outputs(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Let a function of the outputs, weight (outputs, inputs) and bias (outputs,) alike, give new ones."""
+        value = change(self.matrix)
+        self._replace("weight", (value if self._output_dim == 0 else value.T).contiguous())
+        bias = getattr(self.module, "bias", None)
+        if bias is not None:
+            self._replace("bias", change(bias))
+
     def _replace(self, name: str, value: torch.Tensor) -> None:
         old = getattr(self.module, name)
         setattr(self.module, name, nn.Parameter(value.detach(), requires_grad=old.requires_grad))
@@ -96,6 +104,16 @@ class Block:
         """The attention module, or None when it was removed."""
         module = submodule(self.module, self.arch.attention)
         return None if isinstance(module, NoAttention) else module
+
+    @property
+    def attention_in(self) -> list[Projection]:
+        """The linears that produce queries, keys and values; one, where the three lie stacked in it."""
+        return [Projection(submodule(self.module, path)) for path in self.arch.attention_in]
+
+    @property
+    def attention_out(self) -> Projection:
+        """The linear that consumes what the H query heads give, H x head_dim numbers."""
+        return Projection(submodule(self.module, self.arch.attention_out))
 
     @property
     def has_ffn(self) -> bool:
@@ -151,6 +169,21 @@ class Decoder:
     def config(self) -> Any:
         """The config that describes the blocks: the model's own, or its language tower's."""
         return text_config_of(self.model.config)
+
+    @property
+    def heads(self) -> int:
+        """H, the query heads of each attention."""
+        return int(self.config.num_attention_heads)
+
+    @property
+    def kv_heads(self) -> int:
+        """K, the KV heads of each attention."""
+        return int(getattr(self.config, self.arch.num_key_value_heads))
+
+    @property
+    def head_dim(self) -> int:
+        """How wide a head is."""
+        return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads)
 
     @property
     def block_list(self) -> nn.ModuleList:

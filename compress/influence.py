@@ -1,8 +1,10 @@
-"""What a model misses without each of its blocks, in three ways. The block of the lowest score goes first."""
+"""What a model misses without each of its blocks, in three ways. The block of the lowest score goes first.
+
+All three can look at runs of consecutive blocks in the place of single ones.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -19,7 +21,7 @@ from compress.result import Run
 
 
 @torch.no_grad()
-def macro_influence(decoder: Decoder, calibration: TokenRows, rows: int, run: Run) -> list[float]:
+def macro_influence(decoder: Decoder, calibration: TokenRows, rows: int, run: Run, size: int = 1) -> list[float]:
     """MI_i = 1 - E[cos(H, H without block i)], with H what leaves the last block, before the final norm.
 
     Skipping block i changes nothing below it: a trial starts above it, with what entered it.
@@ -29,58 +31,60 @@ def macro_influence(decoder: Decoder, calibration: TokenRows, rows: int, run: Ru
         calibration: rows (N, T).
         rows: how many of them are looked at, the first ones.
         run: progress and device.
+        size: blocks a run.
 
     Returns:
-        One influence for each of the L blocks; the mean is over rows and tokens.
+        One influence for each of the L - size + 1 runs, by its first block; the mean is over rows and tokens.
 
     Source: FuseGPT, section 3.1.
     """
     blocks, length = len(decoder), calibration.tokens.shape[1]
-    similarity = [0.0] * blocks
+    similarity = [0.0] * (blocks - size + 1)
     for part in parts(rows, length):
         inputs = calibration.batch(part, run.device)
         *entering, whole = block_states(decoder, inputs)
-        for i, state in enumerate(entering):
-            without = state if i == blocks - 1 else through(decoder, inputs, state, i + 1, blocks)
+        for i, state in enumerate(entering[: len(similarity)]):
+            without = state if i == blocks - size else through(decoder, inputs, state, i + size, blocks)
             similarity[i] += cosines(whole, without).sum().item()
-            run.progress("macro influence", part.start * blocks + (part.stop - part.start) * (i + 1), rows * blocks)
+            done = part.start * len(similarity) + (part.stop - part.start) * (i + 1)
+            run.progress("macro influence", done, rows * len(similarity))
     return [1 - total / (rows * length) for total in similarity]
 
 
-def block_influence(decoder: Decoder, calibration: TokenRows, rows: int, run: Run) -> list[float]:
-    """BI_i = 1 - E[cos(input of block i, its output)], over all tokens.
+def block_influence(decoder: Decoder, calibration: TokenRows, rows: int, run: Run, size: int = 1) -> list[float]:
+    """BI_i = 1 - E[cos(input of block i, output of block i + size - 1)], over all tokens.
 
-    Source: Men et al. 2024 (ShortGPT), section 3.1.
+    Source: Men et al. 2024 (ShortGPT), section 3.1; Muralidharan et al. 2024 (Minitron), section 2.2, for runs.
     """
-    first = dataclasses.replace(calibration, tokens=calibration.tokens[:rows])
-    return [1 - cosine for cosine in block_similarity(decoder, first, run, last_token_only=False)]
+    first = calibration.rows(slice(0, rows))
+    return [1 - cosine for cosine in block_similarity(decoder, first, run, last_token_only=False, size=size)]
 
 
 @torch.no_grad()
-def loss_without(decoder: Decoder, calibration: TokenRows, rows: int, run: Run) -> list[float]:
-    """Mean next-token cross-entropy of the model without each block.
+def loss_without(decoder: Decoder, calibration: TokenRows, rows: int, run: Run, size: int = 1) -> list[float]:
+    """Mean next-token cross-entropy of the model without each run of ``size`` blocks.
 
     Source: Song et al. 2024 (SLEB), section 3.2.
     """
     blocks, length = len(decoder), calibration.tokens.shape[1]
-    nll = [0.0] * blocks
+    nll = [0.0] * (blocks - size + 1)
     for row in range(rows):
         inputs = calibration.batch(slice(row, row + 1), run.device)
-        entering = block_states(decoder, inputs)[:-1]
+        entering = block_states(decoder, inputs)[: len(nll)]
         for i, state in enumerate(entering):
-            with starting_at(decoder, i + 1, state):
+            with starting_at(decoder, i + size, state):
                 logits = decoder.model(**inputs, use_cache=False).logits[0]
             nll[i] += cross_entropy(logits, calibration.tokens[row])
-            run.progress("loss without each block", row * blocks + i + 1, rows * blocks)
+            run.progress("loss without each block", row * len(nll) + i + 1, rows * len(nll))
     return [total / (rows * (length - 1)) for total in nll]
 
 
-RANKINGS: dict[str, Callable[[Decoder, TokenRows, int, Run], list[float]]] = {
+RANKINGS: dict[str, Callable[..., list[float]]] = {
     "macro_influence": macro_influence,
     "block_influence": block_influence,
     "loss": loss_without,
 }
-"""What a model misses without each of its blocks; the block of the lowest score goes."""
+"""Called with the model, calibration rows, how many of them are looked at, how to run, and the size of runs or none."""
 
 
 def cosines(ours: Tensor, theirs: Tensor) -> Tensor:

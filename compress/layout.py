@@ -79,9 +79,8 @@ class Layout:
 def layout_of(model: PreTrainedModel) -> Layout:
     """Read the layout off a live model."""
     decoder = Decoder(model)
-    heads = int(getattr(decoder.config, decoder.arch.num_key_value_heads))
     owners: dict[tuple[int, ...], Block] = {}
-    return Layout(tuple(_observe(block, heads, owners) for block in decoder))
+    return Layout(tuple(_observe(block, decoder.kv_heads, owners) for block in decoder))
 
 
 def _observe(block: Block, heads: int, owners: dict[tuple[int, ...], Block]) -> BlockLayout:

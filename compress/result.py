@@ -29,6 +29,7 @@ class Run:
             not changed.
         teacher: the model that a method learns from, where it is not the model given: same tokens, on the same device
             and in eval mode. Not changed.
+        score: judges a model for a method that asks for it, the higher the better; it must not change the model.
         spill_bytes: hidden states up to so many bytes are held in memory at a time, and as many bytes of weights beside
             the model; what is more lies in memory-mapped files in ``scratch``.
     """
@@ -38,6 +39,7 @@ class Run:
     scratch: Path | None = None
     consume: bool = False
     teacher: PreTrainedModel | None = None
+    score: Callable[[PreTrainedModel], float] | None = None
     spill_bytes: int = 2_000_000_000
 
 

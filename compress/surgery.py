@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from compress.arch import composite_of
-from compress.decoder import Block, Decoder
+from compress.decoder import Block, Decoder, Projection
 from compress.errors import BudgetError, ConfigError, UnsupportedArchitecture
 from compress.layout import layout_of
 from compress.remote_code import (
@@ -24,6 +25,7 @@ from compress.remote_code import (
     merge_adapters,
     number_caches,
     share_weights,
+    submodule,
 )
 
 
@@ -67,7 +69,7 @@ def keep_neurons(model: PreTrainedModel, kept: Mapping[int, torch.Tensor]) -> No
 
 def cut_ffn(model: PreTrainedModel, widths: Sequence[int]) -> None:
     """Cut every FFN to a width, keeping its first neurons: for shapes alone. Width 0 means that there is none."""
-    keep_neurons(model, {b: torch.arange(width, device=model.device) for b, width in enumerate(widths) if width})
+    keep_neurons(model, {b: torch.arange(width) for b, width in enumerate(widths) if width})
 
 
 def _keep_neurons(block: Block, index: torch.Tensor) -> None:
@@ -75,11 +77,183 @@ def _keep_neurons(block: Block, index: torch.Tensor) -> None:
         raise BudgetError(f"block {block.index} has no FFN any more; leave it out")
     if len(index) == 0:
         raise BudgetError(f"block {block.index} would keep no FFN neuron; lower the sparsity")
-    if len(index) == block.ffn_out.inputs:
+    if index.equal(torch.arange(block.width, device=index.device)):
         return
     for projection in block.ffn_in:
         projection.keep_outputs(index)
     block.ffn_out.keep_inputs(index)
+
+
+def keep_heads(model: PreTrainedModel, kept: Mapping[int, torch.Tensor]) -> None:
+    """Keep some query heads of each attention, as many of every KV group; keys and values stay.
+
+    Where every query head has keys and values of its own (H = K), those go with it.
+
+    Args:
+        model: of a plain layout; changed in place.
+        kept: block index -> query heads (X,), int64, those of one KV group after the other; of all blocks.
+
+    Raises:
+        ConfigError: KV groups or blocks would keep different numbers of heads.
+        UnsupportedArchitecture: the config cannot say how many heads there are; or blocks share weights.
+
+    Source: Minitron, table of the slices.
+    """
+    check_owns(model, "cutting heads")
+    slice_heads(model, kept)
+    settle(model)
+    conform(model)
+
+
+def slice_heads(model: PreTrainedModel, kept: Mapping[int, torch.Tensor]) -> None:
+    """`keep_heads` for several edits in a row, which end in `settle` and `conform`."""
+    decoder = Decoder(model)
+    heads, groups, width = decoder.heads, decoder.kv_heads, decoder.head_dim
+    counts = {len(index) for index in kept.values()}
+    if sorted(kept) != list(range(len(decoder))) or len(counts) > 1:
+        raise ConfigError("every block must keep as many heads: a config has one number for all")
+    (count,) = counts
+    alone = heads == groups  # each query head with keys and values of its own
+    for block in decoder:
+        index = kept[block.index].to("cpu")
+        if not alone and (count % groups or not (index // (heads // groups)).equal(_groups(count, groups))):
+            raise ConfigError(f"block {block.index} must keep the same number of heads in each of {groups} KV groups")
+        queries = _spread(index, width)
+        if len(block.attention_in) == 1:
+            stacked = torch.arange(heads * width, block.attention_in[0].outputs)
+            others = torch.cat([queries + part * heads * width for part in (1, 2)]) if alone else stacked
+            block.attention_in[0].keep_outputs(torch.cat([queries, others]))
+        else:
+            for projection in block.attention_in if alone else block.attention_in[:1]:
+                projection.keep_outputs(queries)
+        block.attention_out.keep_inputs(queries)
+    if decoder.arch.has_head_dim:
+        decoder.config.head_dim = width
+    decoder.config.num_attention_heads = count
+    if alone:
+        setattr(decoder.config, decoder.arch.num_key_value_heads, count)
+
+
+def _groups(count: int, groups: int) -> torch.Tensor:
+    """The KV group of each of so many query heads."""
+    return torch.arange(groups).repeat_interleave(count // groups)
+
+
+def _spread(index: torch.Tensor, width: int) -> torch.Tensor:
+    """The channels of some heads."""
+    return (index[:, None] * width + torch.arange(width)).flatten()
+
+
+def keep_channels(model: PreTrainedModel, index: torch.Tensor) -> None:
+    """Keep some hidden channels, everywhere: in the embeddings, the head, every norm over them, and every linear.
+
+    Heads stay as wide as they are. Where the embeddings are scaled by the square root of the number of channels
+    (gemma3), the weights make up for the change.
+
+    Args:
+        model: of a plain layout; changed in place.
+        index: hidden channels (X,), int64.
+
+    Raises:
+        UnsupportedArchitecture: the config cannot say how many channels there are beside the width of a head; a
+            vision-language model, whose other towers write to these channels; or blocks share weights.
+
+    Source: Minitron, table of the slices.
+    """
+    if composite_of(model.config) is not None:
+        raise UnsupportedArchitecture(
+            f"hidden channels of a {model.config.model_type} model cannot be cut: its image features have as many"
+        )
+    check_owns(model, "cutting hidden channels")
+    slice_channels(model, index)
+    settle(model)
+    conform(model)
+
+
+def slice_channels(model: PreTrainedModel, index: torch.Tensor) -> None:
+    """`keep_channels` for several edits in a row, which end in `settle` and `conform`."""
+    decoder = Decoder(model)
+    arch, config, before = decoder.arch, decoder.config, decoder.config.hidden_size
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    tied = head.weight is embedding.weight
+    scale = (before / len(index)) ** 0.5 if hasattr(embedding, "embed_scale") and len(index) != before else 1.0
+    for module in (embedding, *(submodule(model, path) for path in arch.position_embeddings)):
+        _keep_columns(module, index, scale if module is embedding else 1.0)
+    if tied:
+        head.weight = embedding.weight
+        head.in_features = len(index)
+    else:
+        Projection(head).keep_inputs(index)
+    for block in decoder:
+        for path in (*arch.attention_norms, *arch.ffn_norms):
+            _keep_entries(submodule(block.module, path), index)
+        for projection in (*block.attention_in, *block.ffn_in):
+            projection.keep_inputs(index)
+        for projection in (block.attention_out, block.ffn_out):
+            projection.keep_outputs(index)
+    final = submodule(model, arch.final_norm)
+    _keep_entries(final, index)
+    if tied and scale != 1.0:
+        scale_norm(final, 1 / scale, arch.norm_offset)
+    if arch.has_head_dim:
+        config.head_dim = decoder.head_dim
+    for key in arch.hidden_keys:
+        setattr(config, key, len(index))
+
+
+def _keep_columns(embedding: Any, index: torch.Tensor, scale: float) -> None:
+    """Keep some columns of an embedding table."""
+    old = embedding.weight
+    kept = old.index_select(1, index.to(old.device))
+    value = kept if scale == 1.0 else (kept.to(torch.promote_types(old.dtype, torch.float32)) * scale).to(old.dtype)
+    embedding.weight = torch.nn.Parameter(value.detach(), requires_grad=old.requires_grad)
+    embedding.embedding_dim = len(index)
+
+
+def _keep_entries(norm: Any, index: torch.Tensor) -> None:
+    """Keep some channels of a norm."""
+    for name, old in list(norm.named_parameters(recurse=False)):
+        kept = old.index_select(0, index.to(old.device)).detach()
+        setattr(norm, name, torch.nn.Parameter(kept, requires_grad=old.requires_grad))
+    if isinstance(norm, torch.nn.LayerNorm):
+        norm.normalized_shape = (len(index),)
+
+
+def scale_norm(norm: Any, factor: float, offset: float) -> None:
+    """Scale what a norm multiplies with, which is its weight plus ``offset``; a bias stays."""
+    old = norm.weight
+    wide = old.to(torch.promote_types(old.dtype, torch.float32))
+    value = ((wide + offset) * factor - offset).to(old.dtype)
+    norm.weight = torch.nn.Parameter(value.detach(), requires_grad=old.requires_grad)
+
+
+def conform(model: PreTrainedModel) -> None:
+    """Let every module say of itself what one that is built from the config says, and check that the shapes agree.
+
+    Args:
+        model: of a plain layout, cut and settled; changed in place.
+
+    Raises:
+        UnsupportedArchitecture: a model built from the config has other shapes.
+    """
+    with torch.device("meta"):
+        twin = type(model)(copy.deepcopy(model.config))
+    wanted = {name: tuple(parameter.shape) for name, parameter in twin.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if tuple(parameter.shape) != wanted.get(name):
+            raise UnsupportedArchitecture(
+                f"a {model.config.model_type} config has no words for these sizes: {name} would be "
+                f"{wanted.get(name)} in place of {tuple(parameter.shape)}"
+            )
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name, module in twin.named_modules():
+        for key, value in vars(module).items():
+            if type(value) in (int, float) and key in vars(modules[name]):
+                setattr(modules[name], key, value)
+        if "embed_scale" in module._buffers:  # of the scaled embeddings of gemma3
+            scale: Any = modules[name].embed_scale
+            modules[name].embed_scale = torch.full_like(scale, module.scalar_embed_scale)
 
 
 def drop_attention(model: PreTrainedModel, blocks: Sequence[int]) -> None:

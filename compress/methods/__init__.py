@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.errors import ConfigError
-from compress.methods import baselines, foldgpt, fusegpt, two_ssp
+from compress.methods import baselines, foldgpt, fusegpt, minitron, two_ssp
 from compress.result import CompressedModel
 from compress.schema import configured
 
@@ -49,6 +49,9 @@ METHODS: dict[str, Method] = {
         "FoldGPT, Liu et al. 2024",
         foldgpt.memory,
         learns_from_teacher=True,
+    ),
+    "minitron": Method(
+        minitron.MinitronConfig, minitron.compress, minitron.outline, "Minitron, Muralidharan et al. 2024"
     ),
     "shortgpt": Method(
         baselines.SimilarityConfig, baselines.shortgpt, baselines.similarity_outline, "ShortGPT, Men et al. 2024"
