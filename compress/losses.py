@@ -6,7 +6,8 @@ Losses on hidden states take (B, T, D) tensors of B rows, T tokens and D channel
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,11 +58,61 @@ def relative_mse(student: Tensor, teacher: Tensor) -> Tensor:
 def logit_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """T^2 KL(softmax(teacher / T) || softmax(student / T)), in nats, the mean over tokens.
 
+    The gradient flows to the student alone.
+
     Source: Hinton et al. 2015, with the factor that keeps gradients alike over temperatures.
     """
-    q = functional.log_softmax(wide(student) / temperature, dim=-1)
-    p = functional.log_softmax(wide(teacher) / temperature, dim=-1)
-    kl = functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    kl: Tensor = _LogitKL.apply(student, teacher.detach(), temperature)
+    return kl
+
+
+class _LogitKL(torch.autograd.Function):
+    """The divergence with its gradient, (softmax(student / T) - softmax(teacher / T)) T / tokens, made at once.
+
+    A vocabulary is large: written as a chain of operations it would be read and written three times as often.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        log_q, log_p = (_log_softmax(logits, temperature) for logits in (student, teacher))
+        tokens = student.numel() // student.shape[-1]
+        difference = log_p - log_q
+        p = log_p.exp_()
+        total = torch.dot(p.flatten(), difference.flatten())
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(log_q.exp_().sub_(p).mul_(temperature / tokens).to(student.dtype))
+        return temperature**2 / tokens * total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return upstream.to(gradient.dtype) * gradient, None, None
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """In fp32 or wider; a tensor of its own."""
+    softened = wide(logits) if temperature == 1.0 else wide(logits) / temperature
+    return functional.log_softmax(softened, dim=-1)
+
+
+def top_logit_kl(student: Tensor, indices: Tensor, log_p: Tensor, temperature: float = 1.0) -> Tensor:
+    """`logit_kl` where only a teacher's K most likely tokens are known: all others count as one.
+
+    It is never more than the divergence over all tokens, and equal to it with K = V.
+
+    Args:
+        student: logits (B, T, V).
+        indices: int64 (B, T, K), tokens.
+        log_p: (B, T, K), what the teacher gives them at this temperature, in nats.
+        temperature: T.
+    """
+    log_p = wide(log_p)
+    log_q = _log_softmax(student, temperature).gather(-1, indices)
+    tiny = torch.finfo(log_q.dtype).tiny
+    p_rest = (1 - log_p.exp().sum(-1)).clamp_min(0)
+    q_rest = (1 - log_q.exp().sum(-1)).clamp_min(torch.finfo(log_q.dtype).eps)
+    of_rest = p_rest * (p_rest.clamp_min(tiny).log() - q_rest.log())
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1) + of_rest
     return temperature**2 * kl.mean()
 
 
@@ -70,7 +121,9 @@ def next_token(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(wide(logits).flatten(0, 1), targets.flatten())
 
 
-def by_chunks(states: Tensor, loss: Callable[[Tensor, int], Tensor], size: int) -> Tensor:
+def by_chunks(
+    states: Tensor, loss: Callable[[Tensor, int], Tensor], size: int, learning: Sequence[Tensor] = ()
+) -> Tensor:
     """A loss that is a sum over tokens, computed with its gradient so many tokens at a time.
 
     What lies between the states and the loss, such as logits over a large vocabulary, is never held for all tokens.
@@ -79,20 +132,40 @@ def by_chunks(states: Tensor, loss: Callable[[Tensor, int], Tensor], size: int) 
         states: (B, T, D).
         loss: of a part (B, t, D) that begins at a token.
         size: tokens t a part.
+        learning: what else the loss depends on and is to learn, such as the weights of a head.
 
     Returns:
-        The sum over all parts, from which gradients flow to ``states``.
+        The sum over all parts, from which gradients flow to ``states`` and to what learns.
     """
     total = states.new_zeros((), dtype=torch.promote_types(states.dtype, torch.float32))
     gradients: list[Tensor] = []
+    learnt: list[Tensor] = []
     for start in range(0, states.shape[1], size):
         part = states[:, start : start + size].detach().requires_grad_()
         value = loss(part, start)
-        # A part may have nothing to say: behind the last token that is predicted.
-        gradients += torch.autograd.grad(value, part) if value.requires_grad else [torch.zeros_like(part)]
         total = total + value.detach()
-    slope = (states * torch.cat(gradients, dim=1)).sum()
-    return total + (slope - slope.detach())
+        if not value.requires_grad:  # a part may have nothing to say: behind the last token that is predicted
+            gradients.append(torch.zeros_like(part))
+            continue
+        gradient, *others = torch.autograd.grad(value, (part, *learning))
+        gradients.append(gradient)
+        learnt = [sum_.add_(other) for sum_, other in zip(learnt, others, strict=True)] if learnt else others
+    given = [torch.cat(gradients, dim=1), *(learnt or map(torch.zeros_like, learning))]
+    result: Tensor = _WithGradients.apply(total, given, states, *learning)
+    return result
+
+
+class _WithGradients(torch.autograd.Function):
+    """A value whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(upstream.to(gradient.dtype) * gradient for gradient in ctx.saved_tensors)
 
 
 LOSSES: dict[str, Loss] = {"batch_kl": batch_kl, "mse": mse, "cosine": cosine, "feature_kl": feature_kl}

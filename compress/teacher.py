@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -107,24 +107,59 @@ class Teacher:
             distil: weight of the divergence.
             temperature: that both predictions are softened with.
         """
-        tokens, states = self.calibration.tokens[rows], self.last[rows]
-        length = tokens.shape[1]
+        states = self.last[rows]
 
-        def loss(part: Tensor, start: int) -> Tensor:
-            stop = start + part.shape[1]
-            logits = logits_from(student, part)
-            value = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
-            if distil:
-                with torch.no_grad():
-                    wanted = logits_from(self.decoder, states[:, start:stop].to(part.device)).to(logits.device)
-                value = value + distil * logit_kl(logits, wanted, temperature) * (stop - start) / length
-            targets = tokens[:, start + 1 : stop + 1].to(logits.device)  # one fewer at the end of the rows
-            if next_token_weight and targets.numel():
-                share = targets.shape[1] / (length - 1)
-                value = value + next_token_weight * next_token(logits[:, : targets.shape[1]], targets) * share
-            return value
+        def divergence(logits: Tensor, start: int) -> Tensor:
+            with torch.no_grad():
+                wanted = logits_from(self.decoder, states[:, start : start + logits.shape[1]].to(last.device))
+            return logit_kl(logits, wanted.to(logits.device), temperature)
 
-        return by_chunks(last, loss, max(1, CHUNK_TOKENS // len(rows)))
+        return prediction_loss(
+            student,
+            last,
+            self.calibration.tokens[rows],
+            divergence,
+            next_token_weight=next_token_weight,
+            distil=distil,
+        )
+
+
+def prediction_loss(
+    student: Decoder,
+    last: Tensor,
+    tokens: Tensor,
+    divergence: Callable[[Tensor, int], Tensor],
+    *,
+    next_token_weight: float,
+    distil: float,
+    learning: Sequence[Tensor] = (),
+) -> Tensor:
+    """next_token_weight CE + distil D of what a student predicts, each a mean over tokens, some tokens at a time.
+
+    Args:
+        student: whose final norm and head make predictions of ``last``.
+        last: what leaves its last block, (B, T, D).
+        tokens: of the rows, int64 (B, T).
+        divergence: from logits (B, t, V) of the tokens from one on, and that token's place, to D, their mean.
+        next_token_weight: of the cross-entropy with the tokens of the rows.
+        distil: weight of the divergence.
+        learning: weights of the final norm and the head, where those learn as well.
+    """
+    length = tokens.shape[1]
+
+    def loss(part: Tensor, start: int) -> Tensor:
+        stop = start + part.shape[1]
+        logits = logits_from(student, part)
+        value = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+        if distil:
+            value = value + distil * divergence(logits, start) * (stop - start) / length
+        targets = tokens[:, start + 1 : stop + 1].to(logits.device)  # one fewer at the end of the rows
+        if next_token_weight and targets.numel():
+            share = targets.shape[1] / (length - 1)
+            value = value + next_token_weight * next_token(logits[:, : targets.shape[1]], targets) * share
+        return value
+
+    return by_chunks(last, loss, max(1, CHUNK_TOKENS // len(tokens)), learning)
 
 
 def check_teacher(student: Decoder, teacher: Decoder, tail: int) -> None:

@@ -1,4 +1,4 @@
-"""Our one optimisation loop: Adam over rows that a method learns from, resumable within an epoch."""
+"""Our one optimisation loop: AdamW over rows that a method learns from, resumable within an epoch."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ from compress.files import new_file
 from compress.result import Progress
 
 KEEP_SECONDS = 60.0
-"""An interrupted run loses at most so much work, and the end of a step."""
+"""An interrupted run loses at most so much work, and the end of a step; more where keeping takes long."""
+KEEP_SHARE = 0.05
+"""Of a run's time that may go into keeping its state."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that learn at one rate, at its highest."""
+    """Parameters that learn at one rate, at its highest, and with one decoupled weight decay."""
 
     parameters: Sequence[nn.Parameter]
     learning_rate: float
+    weight_decay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,11 @@ def optimise(
     steps: int | None = None,
     warmup: float = 0.0,
     clip: float | None = None,
+    accumulate: int = 1,
     betas: tuple[float, float] = (0.9, 0.95),
     kept: Path | None = None,
 ) -> Learnt:
-    """Minimise a loss with Adam and no weight decay; rates fall along a cosine to zero over all steps.
+    """Minimise a loss with AdamW; rates fall along a cosine to zero over all steps.
 
     Args:
         groups: what learns; groups without parameters are left out.
@@ -85,6 +89,7 @@ def optimise(
         steps: end after so many, in the middle of an epoch if need be; None takes all epochs.
         warmup: share of the steps over which the rates rise first.
         clip: the largest norm of all gradients together; None does not clip.
+        accumulate: parts that the rows of a step are taken in, one after the other; a divisor of ``batch``.
         betas: of Adam.
         kept: a file for the state of a run that was stopped; the same call goes on from it. Its name says whose it is.
 
@@ -92,14 +97,16 @@ def optimise(
         FoldawayError: the loss is not a finite number any more.
         ValueError: rows do not fill batches.
     """
-    if rows < batch or rows % batch:
-        raise ValueError(f"{rows} rows do not fill batches of {batch}")
+    if rows < batch or rows % batch or batch % accumulate:
+        raise ValueError(f"{rows} rows do not fill batches of {batch} in {accumulate} parts")
     steps = epochs * (rows // batch) if steps is None else steps
     parameters: list[dict[str, Any]] = [
-        {"params": list(g.parameters), "lr": g.learning_rate} for g in groups if g.parameters
+        {"params": list(g.parameters), "lr": g.learning_rate, "weight_decay": g.weight_decay}
+        for g in groups
+        if g.parameters
     ]
     learning = [parameter for group in parameters for parameter in group["params"]]
-    optimiser = torch.optim.Adam(parameters, betas=betas, eps=1e-8)
+    optimiser = torch.optim.AdamW(parameters, betas=betas, eps=1e-8, fused=True)
     rates = [group["lr"] for group in parameters]
 
     def share(step: int) -> float:
@@ -108,6 +115,7 @@ def optimise(
 
     place = _Place() if kept is None else _go_on(kept, learning, optimiser, generator)
     resumed_seconds, begun, written = place.seconds, time.monotonic(), time.monotonic()
+    pause = KEEP_SECONDS
     per_epoch = rows // batch
     while place.done < steps:
         if place.done % per_epoch == 0:
@@ -116,13 +124,15 @@ def optimise(
         optimiser.zero_grad(set_to_none=True)
         for group, highest in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = highest * share(place.done)
-        with torch.enable_grad():
-            value = loss(torch.tensor(place.order[first : first + batch]), place.done)
-        value.backward(inputs=learning)  # type: ignore[no-untyped-call]
+        rows_of_step = torch.tensor(place.order[first : first + batch])
+        for part in rows_of_step.chunk(accumulate):
+            with torch.enable_grad():
+                value = loss(part, place.done) / accumulate
+            value.backward(inputs=learning)  # type: ignore[no-untyped-call]
+            place.total += value.item()
         if clip is not None:
             nn.utils.clip_grad_norm_(learning, clip)
         optimiser.step()
-        place.total += value.item()
         place.done += 1
         if not math.isfinite(place.total):
             raise FoldawayError(f"{what}: the loss is no finite number any more; lower the learning rates")
@@ -130,9 +140,11 @@ def optimise(
         if place.done % per_epoch == 0 or place.done == steps:
             place.losses.append(place.total / ((place.done - 1) % per_epoch + 1))
         place.seconds = resumed_seconds + time.monotonic() - begun
-        if kept is not None and (place.done == steps or time.monotonic() - written > KEEP_SECONDS):
+        if kept is not None and (place.done == steps or time.monotonic() - written > pause):
+            start = time.monotonic()
             _keep(kept, place, learning, optimiser, generator)
             written = time.monotonic()
+            pause = max(KEEP_SECONDS, (written - start) / KEEP_SHARE)
     return Learnt(tuple(place.losses), resumed_seconds)
 
 
@@ -140,7 +152,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def _keep(
-    file: Path, place: _Place, learning: Sequence[nn.Parameter], optimiser: torch.optim.Adam, generator: torch.Generator
+    file: Path,
+    place: _Place,
+    learning: Sequence[nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+    generator: torch.Generator,
 ) -> None:
     """Write the state of a run; a kill leaves the old file or the new one."""
     tensors = {"generator": generator.get_state()}
@@ -154,7 +170,7 @@ def _keep(
 
 @torch.no_grad()
 def _go_on(
-    file: Path, learning: Sequence[nn.Parameter], optimiser: torch.optim.Adam, generator: torch.Generator
+    file: Path, learning: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer, generator: torch.Generator
 ) -> _Place:
     """Take over the state of a run that was stopped; where there is none that can be read, begin."""
     try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.errors import ConfigError
-from compress.methods import baselines, foldgpt, fusegpt, minitron, two_ssp
+from compress.methods import baselines, distill, foldgpt, fusegpt, minitron, two_ssp
 from compress.result import CompressedModel
 from compress.schema import configured
 
@@ -52,6 +52,14 @@ METHODS: dict[str, Method] = {
     ),
     "minitron": Method(
         minitron.MinitronConfig, minitron.compress, minitron.outline, "Minitron, Muralidharan et al. 2024"
+    ),
+    "distill": Method(
+        distill.DistillConfig,
+        distill.compress,
+        distill.outline,
+        "knowledge distillation, Hinton et al. 2015",
+        distill.memory,
+        learns_from_teacher=True,
     ),
     "shortgpt": Method(
         baselines.SimilarityConfig, baselines.shortgpt, baselines.similarity_outline, "ShortGPT, Men et al. 2024"
