@@ -62,7 +62,7 @@ def logit_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tens
 
     Source: Hinton et al. 2015, with the factor that keeps gradients alike over temperatures.
     """
-    kl: Tensor = _LogitKL.apply(student, teacher.detach(), temperature)
+    kl: Tensor = _LogitKL.apply(student, teacher.detach(), temperature)  # type: ignore[no-untyped-call]
     return kl
 
 
@@ -151,7 +151,7 @@ def by_chunks(
         gradients.append(gradient)
         learnt = [sum_.add_(other) for sum_, other in zip(learnt, others, strict=True)] if learnt else others
     given = [torch.cat(gradients, dim=1), *(learnt or map(torch.zeros_like, learning))]
-    result: Tensor = _WithGradients.apply(total, given, states, *learning)
+    result: Tensor = _WithGradients.apply(total, given, states, *learning)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from compress import budget
@@ -15,7 +17,16 @@ from compress.arch import composite_of
 from compress.decoder import Decoder
 from compress.errors import UnsupportedArchitecture
 from compress.layout import layout_of
-from compress.surgery import conform, drop_blocks, keep_neurons, settle, slice_channels, slice_heads, without_weights
+from compress.surgery import (
+    check_words,
+    conform,
+    drop_blocks,
+    keep_neurons,
+    settle,
+    slice_channels,
+    slice_heads,
+    without_weights,
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -68,6 +79,23 @@ def heads_follow(decoder: Decoder) -> bool:
     return not decoder.arch.has_head_dim
 
 
+def has_words(decoder: Decoder, shape: Shape) -> bool:
+    """Whether the architecture's config can say so many channels and heads."""
+    if heads_follow(decoder) and shape.hidden_size != shape.num_attention_heads * decoder.head_dim:
+        return False
+    config = copy.deepcopy(decoder.config)
+    for key in decoder.arch.hidden_keys:
+        setattr(config, key, shape.hidden_size)
+    config.num_attention_heads = shape.num_attention_heads
+    if decoder.arch.has_head_dim:
+        config.head_dim = decoder.head_dim
+    try:
+        config.validate()
+    except (StrictDataclassError, ValueError):  # such as llama's, which wants a multiple of the heads
+        return False
+    return True
+
+
 def first_heads(decoder: Decoder, count: int) -> torch.Tensor:
     """So many query heads, the first ones of each KV group."""
     if decoder.heads == decoder.kv_heads:
@@ -84,6 +112,7 @@ def resize(model: PreTrainedModel, shape: Shape) -> None:
     """
     _resize(model, shape)
     conform(model)
+    check_words(model)
 
 
 def _resize(model: PreTrainedModel, shape: Shape) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from compress.arch import composite_of
@@ -103,6 +104,7 @@ def keep_heads(model: PreTrainedModel, kept: Mapping[int, torch.Tensor]) -> None
     slice_heads(model, kept)
     settle(model)
     conform(model)
+    check_words(model)
 
 
 def slice_heads(model: PreTrainedModel, kept: Mapping[int, torch.Tensor]) -> None:
@@ -168,6 +170,7 @@ def keep_channels(model: PreTrainedModel, index: torch.Tensor) -> None:
     slice_channels(model, index)
     settle(model)
     conform(model)
+    check_words(model)
 
 
 def slice_channels(model: PreTrainedModel, index: torch.Tensor) -> None:
@@ -177,7 +180,12 @@ def slice_channels(model: PreTrainedModel, index: torch.Tensor) -> None:
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     tied = head.weight is embedding.weight
-    scale = (before / len(index)) ** 0.5 if hasattr(embedding, "embed_scale") and len(index) != before else 1.0
+    scale = 1.0
+    if hasattr(embedding, "embed_scale") and len(index) != before:
+        roots = (
+            torch.tensor([before**0.5, len(index) ** 0.5]).to(embedding.weight.dtype).double()
+        )  # as stock rounds them
+        scale = float(roots[0] / roots[1])
     for module in (embedding, *(submodule(model, path) for path in arch.position_embeddings)):
         _keep_columns(module, index, scale if module is embedding else 1.0)
     if tied:
@@ -228,6 +236,19 @@ def scale_norm(norm: Any, factor: float, offset: float) -> None:
     norm.weight = torch.nn.Parameter(value.detach(), requires_grad=old.requires_grad)
 
 
+def check_words(model: PreTrainedModel) -> None:
+    """Refuse sizes that the architecture's config does not take, such as channels that are no multiple of the heads.
+
+    Raises:
+        UnsupportedArchitecture: saying what is wrong.
+    """
+    try:
+        Decoder(model).config.validate()
+    except (StrictDataclassError, ValueError) as error:
+        why = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
+        raise UnsupportedArchitecture(f"a {model.config.model_type} config cannot say these sizes: {why}") from error
+
+
 def conform(model: PreTrainedModel) -> None:
     """Let every module say of itself what one that is built from the config says, and check that the shapes agree.
 
@@ -239,7 +260,7 @@ def conform(model: PreTrainedModel) -> None:
     """
     with torch.device("meta"):
         twin = type(model)(copy.deepcopy(model.config))
-    wanted = {name: tuple(parameter.shape) for name, parameter in twin.named_parameters()}
+    wanted = {name: tuple(each.shape) for name, each in twin.named_parameters(remove_duplicate=False)}
     for name, parameter in model.named_parameters():
         if tuple(parameter.shape) != wanted.get(name):
             raise UnsupportedArchitecture(

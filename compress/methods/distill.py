@@ -17,6 +17,7 @@ tokens at a time only.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ def compress(
     teacher = _copy(model) if run.teacher is None else run.teacher
     _check(Decoder(student), Decoder(teacher), config, run)
     tokens = calibration.only_tokens()
-    dtype = _own_weights(student, torch.float32)
+    dtype = _own_weights(student, torch.promote_types(model.dtype, torch.float32))
     with evaluating(student), evaluating(teacher):
         numbers = _Lesson(student, teacher, tokens, rows, config, run).teach()
     _own_weights(student, dtype)
@@ -209,6 +210,8 @@ class _Lesson:
         self.learning = _parameters(student)
         self.map = _map(self.student, self.teacher, config) if config.intermediate else None
         self.kept_predictions: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+        self.temporary: tempfile.TemporaryDirectory[str] | None = None
+        self.block_forwards = 0
 
     def teach(self) -> dict[str, Any]:
         """Learn, and say what came of it."""
@@ -228,6 +231,7 @@ class _Lesson:
         return {
             "losses": list(learnt.losses),
             "tokens_learnt": config.epochs * self.rows * self.tokens.shape[1],
+            "block_forwards": self.block_forwards,
             **({"held_out_before": before, "held_out_after": after} if config.held_out else {}),
             "resumed_seconds": resumed + learnt.resumed_seconds,
         }
@@ -289,6 +293,7 @@ class _Lesson:
     def _pass(self, decoder: Decoder, rows: Tensor) -> tuple[list[Tensor], Tensor]:
         """The normed states that are compared, and what leaves the last block."""
         inputs = {"input_ids": self.tokens[rows].to(self.run.device)}
+        self.block_forwards += len(rows) * len(decoder) * (3 if torch.is_grad_enabled() else 1)
         with ExitStack() as stack:
             seen = [stack.enter_context(output_seen(norm)) for norm in self._norms(decoder)]
             last = through(decoder, inputs, None, 0, len(decoder))
@@ -337,14 +342,13 @@ class _Lesson:
         Source: Sreenivas et al. 2024, section 2.3.
         """
         teacher = _copy(self.teacher.model)
-        dtype = _own_weights(teacher, torch.float32)
+        dtype = _own_weights(teacher, torch.promote_types(teacher.dtype, torch.float32))
         self.teacher = Decoder(teacher)
         learning = _parameters(teacher)
 
         def loss(rows: Tensor, step: int) -> Tensor:
             with self._autocast():
-                inputs = {"input_ids": self.tokens[rows].to(self.run.device)}
-                last = through(self.teacher, inputs, None, 0, len(self.teacher))
+                _, last = self._pass(self.teacher, rows)
                 return prediction_loss(
                     self.teacher,
                     last,
@@ -362,9 +366,11 @@ class _Lesson:
 
     def _keep_predictions(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """Write the teacher's most likely tokens at every place to disk; returns how they are read, by rows."""
-        if self.run.scratch is None:
-            raise ConfigError("top_tokens keeps predictions on disk, and there is no folder for them: give one, or 0")
-        folder = self.run.scratch / f"teacher-{self._identity('top tokens')}"
+        scratch = self.run.scratch
+        if scratch is None:
+            self.temporary = tempfile.TemporaryDirectory()  # as long as the lesson
+            scratch = Path(self.temporary.name)
+        folder = scratch / f"teacher-{self._identity('top tokens')}"
         slices = list(parts(self.rows, self.tokens.shape[1]))
         files = {part.start: folder / f"{part.start:08}.safetensors" for part in slices}
         for part in slices:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from compress.options import check_flag, check_known, check_share, check_whole
 from compress.ranking import lowest_indices, top_indices
 from compress.result import CompressedModel, Report, Run
 from compress.resume import identity
-from compress.shape import NAMES, Counter, Shape, heads_follow, resize, shape_of
+from compress.shape import NAMES, Counter, Shape, has_words, heads_follow, resize, shape_of
 from compress.surgery import (
     clone,
     conform,
@@ -158,10 +158,12 @@ def compress(
     chosen = Chosen()
     with BlockForwards(Decoder(pruned)) as forwards:
         for place in range(config.rounds if target != start else 0):
-            chosen = _cut(pruned, between(pruned, start, target, place + 1, config.rounds), calibration, config, run)
+            shape = between(pruned, start, target, place + 1, config.rounds)
+            chosen = chosen.then(_cut(pruned, shape, calibration, config, run), start)
     numbers = {
         "shape_before": dataclasses.asdict(start),
         "shape_after": dataclasses.asdict(target),
+        "ffn_widths": [target.intermediate_size] * start.num_hidden_layers,
         **dataclasses.asdict(chosen),
         **budget.change(dense, budget.count(pruned), config.sparsity),
         "block_forwards": forwards.count,
@@ -199,10 +201,10 @@ def target_shape(model: PreTrainedModel, config: MinitronConfig) -> Shape:
     for name, size in given.items():
         _check_size(decoder, start, name, size, config.divisor)
     shape = dataclasses.replace(start, **given)
-    if heads_follow(decoder) and shape.hidden_size != shape.num_attention_heads * decoder.head_dim:
+    if not has_words(decoder, shape):
         raise ConfigError(
-            f"hidden_size={shape.hidden_size} and num_attention_heads={shape.num_attention_heads} do not go together: "
-            f"heads are {decoder.head_dim} wide in this architecture; give one of the two"
+            f"hidden_size={shape.hidden_size} does not go together with {shape.num_attention_heads} heads of "
+            f"{decoder.head_dim} in this architecture; the nearest are {_nearest_channels(decoder, shape, config)}"
         )
     if not config.sparsity:
         return shape
@@ -241,10 +243,17 @@ def _check_size(decoder: Decoder, start: Shape, name: str, size: int, divisor: i
             name, f"sizes are to be multiples of {step}"
         )
         raise ConfigError(f"{name}={size}: {why}; the nearest are {' and '.join(map(str, dict.fromkeys(near)))}")
-    if name == "hidden_size" and heads_follow(decoder) and size % decoder.head_dim:
-        raise ConfigError(f"{name}={size}: heads are {decoder.head_dim} wide in this architecture; give a multiple")
     if name == "hidden_size" and size != whole and composite_of(decoder.model.config) is not None:
         raise ConfigError("hidden_size: a vision-language model's image features have as many; cut neurons or blocks")
+
+
+def _nearest_channels(decoder: Decoder, shape: Shape, config: MinitronConfig) -> str:
+    """Numbers of channels about one that a model cannot have with so many heads."""
+    step, whole = unit_of(decoder, "hidden_size", config.divisor), decoder.config.hidden_size
+    shapes = (dataclasses.replace(shape, hidden_size=n) for n in (*range(step, whole, step), whole))
+    sizes = [each.hidden_size for each in shapes if has_words(decoder, each)]
+    below, above = [n for n in sizes if n < shape.hidden_size][-1:], [n for n in sizes if n > shape.hidden_size][:1]
+    return " and ".join(map(str, below + above)) or "none"
 
 
 def unit_of(decoder: Decoder, name: str, divisor: int) -> int:
@@ -282,7 +291,7 @@ def _solve(decoder: Decoder, counter: Counter, shape: Shape, wanted: int, config
         return fitting([sized(num_hidden_layers=n) for n in range(1, shape.num_hidden_layers)] + whole)
     if config.cut == "ffn":
         return fitting([sized(intermediate_size=n) for n in options("intermediate_size")] + whole)
-    by_hidden = [sized(hidden_size=n) for n in options("hidden_size")] + whole
+    by_hidden = [each for n in options("hidden_size") if has_words(decoder, each := sized(hidden_size=n))] + whole
     if config.cut == "hidden":
         return fitting(by_hidden)
     # One ratio for both; the neurons, of which there are more, make up for the rounding of the channels.
@@ -340,19 +349,38 @@ def scoring_rows(config: MinitronConfig, rows: int) -> int:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What was kept and what went, by the places in the model of the last round.
+    """What was kept and what went, by the places in the model that was given.
 
     Attributes:
         blocks_removed: ascending.
-        block_scores: what ranked the blocks, or runs of them; empty where none went.
+        block_scores: what ranked the blocks, or runs of them, in the last round; empty where none went in it.
         heads_kept: of each block; empty where all stayed.
         channels_kept: hidden channels; empty where all stayed.
     """
 
-    blocks_removed: tuple[int, ...] = ()
-    block_scores: tuple[float, ...] = ()
-    heads_kept: tuple[tuple[int, ...], ...] = ()
-    channels_kept: tuple[int, ...] = ()
+    blocks_removed: list[int] = field(default_factory=list)
+    block_scores: list[float] = field(default_factory=list)
+    heads_kept: list[list[int]] = field(default_factory=list)
+    channels_kept: list[int] = field(default_factory=list)
+
+    def then(self, later: Chosen, start: Shape) -> Chosen:
+        """The same with another round, whose places are those of the model that this one left."""
+        stayed = [b for b in range(start.num_hidden_layers) if b not in self.blocks_removed]
+        heads = self.heads_kept
+        if later.heads_kept:
+            before = heads or [list(range(start.num_attention_heads))] * start.num_hidden_layers
+            heads = [list(each) for each in before]
+            for b, kept in zip(stayed, later.heads_kept, strict=True):
+                heads[b] = [before[b][head] for head in kept]
+        channels = later.channels_kept
+        if self.channels_kept and channels:
+            channels = [self.channels_kept[channel] for channel in channels]
+        return Chosen(
+            sorted([*self.blocks_removed, *(stayed[b] for b in later.blocks_removed)]),
+            later.block_scores,
+            heads,
+            channels or self.channels_kept,
+        )
 
 
 def _cut(model: PreTrainedModel, shape: Shape, calibration: TokenRows, config: MinitronConfig, run: Run) -> Chosen:
@@ -387,10 +415,10 @@ def _cut(model: PreTrainedModel, shape: Shape, calibration: TokenRows, config: M
     settle(model)
     conform(model)
     return Chosen(
-        tuple(removed),
-        tuple(ranked),
-        () if heads is None else tuple(tuple(each.tolist()) for each in heads),
-        () if channels is None else tuple(channels.tolist()),
+        removed,
+        ranked,
+        [] if heads is None else [each.tolist() for each in heads],
+        [] if channels is None else channels.tolist(),
     )
 
 

@@ -63,6 +63,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "norm_lr": 0.01,
         "held_out": 1,
     },
+    "minitron": {"sparsity": 0.25, "cut": "ffn", "divisor": 1},
+    "distill": {"next_token": 1.0, "batch": 1, "held_out": 1, "learning_rate": 0.01, "precision": "fp32"},
     "shortgpt": {"sparsity": 0.3},
     "window": {"sparsity": 0.3},
     "sleb": {"sparsity": 0.3},
@@ -139,6 +141,42 @@ CHANGES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
         "held_out": (2, [0, 4, -1, 0.5, "1", None]),
         "seed": (1, [-1, 1.5, "0", None]),
     },
+    "minitron": {
+        "num_hidden_layers": (3, [0, 7, -1, 1.5, "3", True]),
+        "hidden_size": (48, [0, 72, -8, 1.5, "48"]),
+        "intermediate_size": (40, [0, 88, -8, 1.5, "40"]),
+        "num_attention_heads": (2, [0, 3, 6, -2, 1.5, "2"]),
+        "sparsity": (0.1, NO_SHARE),
+        "cut": ("depth", ["heads", "", None]),
+        "divisor": (8, [0, -8, 1.5, "8", None]),
+        "batch_aggregator": ("var", ["max", "", None]),
+        "sequence_aggregator": ("var", ["max", "", None]),
+        "depth_ranking": ("loss", ["bi", "", None]),
+        "contiguous": (True, [1, None, "no"]),
+        "scoring_rows": (1, [0, 4, -1, 1.5, "2", True]),
+        "rounds": (2, [0, -1, 1.5, "2", None]),
+        "head_residual": (True, [1, None, "no"]),
+        "norm_compensation": (True, [1, None, "no"]),
+    },
+    "distill": {
+        "epochs": (2, [0, -1, 1.5, "3", None]),
+        "batch": (2, [0, 3, 1.5, "3", None]),
+        "accumulate": (2, [0, 3, 1.5, "2", None]),
+        "learning_rate": (0.02, NO_RATE),
+        "warmup": (0.5, [*NO_SHARE[:1], "half", None]),
+        "clip": (1e-3, NO_RATE),
+        "weight_decay": (0.5, NO_WEIGHT),
+        "distil": (3.0, NO_WEIGHT),
+        "temperature": (2.0, NO_RATE),
+        "next_token": (2.0, NO_WEIGHT),
+        "intermediate": (True, [1, None, "no"]),
+        "correction_epochs": (1, [-1, 1.5, "3", None]),
+        "correction_lr": (0.1, NO_RATE),
+        "top_tokens": (2, [-1, 300, 1.5, "3", None]),
+        "precision": ("bf16", ["fp16", "", None]),
+        "held_out": (0, [3, -1, 0.5, "1", None]),
+        "seed": (1, [-1, 1.5, "0", None]),
+    },
     "shortgpt": {"sparsity": (0.5, NO_SHARE), "tokens": ("all", ["first", 1])},
     "window": {"sparsity": (0.5, NO_SHARE), "tokens": ("all", ["first", 1])},
     "sleb": {"sparsity": (0.5, NO_SHARE), "rows": (2, [0, -1, 1.5, "2", None, True])},
@@ -156,13 +194,26 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     ("foldgpt", "boundaries"): {"sparsity": 0.3},
     ("foldgpt", "keep_ends"): {"blocks": [2]},
     ("foldgpt", "parent"): {"boundaries": "fixed"},
+    # The sizes that a cut is to find are not given as well.
+    ("minitron", "num_hidden_layers"): {"sparsity": 0},
+    ("minitron", "hidden_size"): {"sparsity": 0},
+    ("minitron", "intermediate_size"): {"sparsity": 0},
+    ("minitron", "num_attention_heads"): {"sparsity": 0},
+    ("minitron", "depth_ranking"): {"sparsity": 0, "num_hidden_layers": 3},
+    ("minitron", "contiguous"): {"sparsity": 0, "num_hidden_layers": 3, "depth_ranking": "loss"},
+    ("minitron", "scoring_rows"): {"sparsity": 0, "num_hidden_layers": 3, "depth_ranking": "loss"},
+    ("minitron", "head_residual"): {"sparsity": 0, "num_attention_heads": 2},
+    ("minitron", "norm_compensation"): {"sparsity": 0, "hidden_size": 32},
+    ("distill", "accumulate"): {"batch": 2},
+    ("distill", "correction_lr"): {"correction_epochs": 1},
 }
 NO_LEARNING: dict[str, dict[str, Any]] = {
     "fusegpt": {"coefficient_rank": 0, "lora_rank": 0},
     "foldgpt": {"group": 1, "epochs": 0},
 }
 BY_BLOCK = ["fusegpt", "foldgpt", "shortgpt", "window", "sleb"]
-BY_NEURON = ["magnitude", "wanda"]
+BY_NEURON = ["magnitude", "wanda", "minitron"]
+CUTTING = [method for method in METHODS if method != "distill"]  # all that make a model smaller
 GREEDY = ["2ssp", "sleb", "blockpruner"]
 NOT_PLAIN = ["2ssp", "blockpruner", "foldgpt"]
 # Attentions that go, and FFNs that go; a block in both lists goes whole. -1 stands for all of them.
@@ -309,6 +360,7 @@ def zero_ffn(masked: Reference, b: int) -> None:
 # 1. masked = sliced
 
 
+@pytest.mark.parametrize("method", CUTTING)
 def test_what_a_method_cuts_is_as_if_it_were_zero(method: str, architecture: str) -> None:
     model = tiny(architecture).double()
     masked = Reference(model)
@@ -366,6 +418,7 @@ def test_the_order_in_which_parts_are_dropped_does_not_matter(architecture: str)
 # 2. nothing to remove = identity
 
 
+@pytest.mark.parametrize("method", CUTTING)
 def test_nothing_to_remove_changes_nothing_bit_for_bit(method: str, architecture: str) -> None:
     model = tiny(architecture)
     result = run(method, model, sparsity=0, **(NO_LEARNING[method] if method == "foldgpt" else {}))
@@ -597,11 +650,12 @@ def test_the_report_agrees_with_a_recount_of_the_weights(method: str, architectu
     gone = numbers["parameters_before"] - numbers["parameters_after"]
     assert numbers["sparsity_of_blocks"] == pytest.approx(gone / masked.P_blk)
     assert numbers["sparsity_of_model"] == pytest.approx(gone / numbers["parameters_before"])
-    assert numbers["sparsity_wanted"] == OPTIONS[method]["sparsity"]
+    assert numbers["sparsity_wanted"] == OPTIONS[method].get("sparsity", 0.0)
     assert list(shapes_left(dense, numbers).values()) == shapes_of(result.model)
     assert json.loads(json.dumps(numbers)) == numbers
 
 
+@pytest.mark.parametrize("method", CUTTING)
 def test_blocks_that_stay_whole_keep_their_weights(method: str, architecture: str) -> None:
     dense = tiny(architecture)
     result = run(method, dense, **NO_LEARNING[method]) if method in NO_LEARNING else compressed(method, architecture)
