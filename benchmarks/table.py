@@ -47,6 +47,27 @@ class ExportedCell:
 
 
 @dataclass(frozen=True)
+class Distilled:
+    """What a cell's model learnt from the dense one after it was cut.
+
+    Attributes:
+        options: of the distillation.
+        calibration: rows that were learnt from: source, hash, size and seed.
+        tokens: learnt from, as often as they were.
+        seconds: of learning alone.
+        before: perplexity of the model that was cut, before it learnt.
+        losses: mean loss of each epoch.
+    """
+
+    options: Mapping[str, JsonValue]
+    calibration: Mapping[str, JsonValue]
+    tokens: int
+    seconds: float
+    before: Perplexity
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Cell:
     """One method at one sparsity with one calibration.
 
@@ -65,6 +86,7 @@ class Cell:
         numbers: the method's own report.
         exported: what its export is like, where that was asked for.
         costs: what running it takes.
+        distilled: what it learnt, where it did; perplexity and tasks are those after it.
     """
 
     label: str
@@ -81,6 +103,7 @@ class Cell:
     numbers: Mapping[str, JsonValue]
     exported: ExportedCell | None = None
     costs: Costs | None = None
+    distilled: Distilled | None = None
 
     @property
     def accuracy(self) -> float | None:
@@ -244,6 +267,28 @@ def size_grid(table: Table) -> Grid:
     return Grid(("model", "stored parameters", "of dense", "FLOPs a token", "KV cache a token", "perplexity"), rows)
 
 
+def learning_grid(table: Table) -> Grid:
+    """What was cut, what it learnt from, and how long: perplexity before and after."""
+    rows = tuple(
+        (
+            cell.label + (f", {cell.sparsity:.1%}" if cell.sparsity else ""),
+            quantity("parameters", cell.parameters),
+            *_learnt(cell),
+            with_error(cell.perplexity.value, cell.perplexity.standard_error),
+        )
+        for cell in (table.dense, *table.cells)
+    )
+    return Grid(("model", "parameters", "before learning", "tokens", "minutes", "perplexity"), rows)
+
+
+def _learnt(cell: Cell) -> tuple[str, str, str]:
+    learnt = cell.distilled
+    if learnt is None:
+        return "–", "–", "–"
+    tokens = f"{learnt.tokens:,} of {learnt.calibration['source']}".replace(",", " ")
+    return number(learnt.before.value), tokens, f"{learnt.seconds / 60:.1f}"
+
+
 def _running(cell: Cell, dense: Cell) -> tuple[str, str]:
     if cell.costs is None or dense.costs is None:
         return "–", "–"
@@ -259,6 +304,7 @@ GRIDS: dict[str, Callable[[Table], Grid]] = {
     "calibration": calibration_grid,
     "export": export_grid,
     "size": size_grid,
+    "learning": learning_grid,
 }
 """The tables of a record, by the name that documents ask for them with."""
 

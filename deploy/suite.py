@@ -35,7 +35,7 @@ from benchmarks.machine import machine
 from benchmarks.memory import PeakMemory
 from benchmarks.record import Model
 from benchmarks.scoring import torch_scorer
-from benchmarks.table import Cell, ExportedCell, Table
+from benchmarks.table import Cell, Distilled, ExportedCell, Table
 from benchmarks.tasks import TaskScore
 from compress import budget
 from compress.artifact import write_model
@@ -45,7 +45,7 @@ from compress.errors import ConfigError, FoldawayError
 from compress.evaluate import logits_of, perplexity
 from compress.files import new_folder, sha256_of
 from compress.layout import layout_of
-from compress.methods import METHODS, method_config
+from compress.methods import METHODS, distill, method_config
 from compress.result import Progress, Run
 from compress.schema import Strict, read_yaml
 from compress.sources import Loaded, fingerprint, load, skeleton
@@ -66,12 +66,23 @@ CELL = TypeAdapter(Cell)
 EXPORTED = TypeAdapter(ExportedCell)
 
 
+class DistilSpec(Strict):
+    """What the model of a row learns from the dense one after it was cut: ``set`` as for distill.
+
+    ``source`` is another text than the suite's calibration text, by its logical name, or ``self``.
+    """
+
+    rows: int = Field(ge=1)
+    source: str | None = None
+    set: dict[str, JsonValue] = Field(default_factory=dict)
+
+
 class MethodSpec(Strict):
     """One row of the table, at sparsities of its own or at those of the suite.
 
     With ``same_blocks_as`` the method is given, as its option ``blocks``, the blocks that the row of that label removed
     at the same sparsity. ``rows`` are calibration rows of its own in number, and without ``tasks`` only perplexity is
-    measured.
+    measured. With ``distil`` the model learns from the dense one before it is measured.
     """
 
     label: str
@@ -81,6 +92,7 @@ class MethodSpec(Strict):
     same_blocks_as: str | None = None
     rows: int | None = Field(default=None, ge=1)
     tasks: bool = True
+    distil: DistilSpec | None = None
 
 
 class DrawSpec(Strict):
@@ -148,6 +160,8 @@ class Suite(Strict):
             for sparsity in method.sparsities or self.sparsities:
                 method_config(method.method, {**method.set, "sparsity": sparsity})
             self._check_same_blocks(method)
+            if method.distil is not None:
+                distill.learnt_rows(method.distil.rows, method_config("distill", method.distil.set))
         if self.exports is not None:
             for label in self.exports.labels:
                 named = [m for m in self.methods if m.label == label]
@@ -222,7 +236,8 @@ class SuiteRun:
         if jobs < 1:
             raise ConfigError(f"--jobs {jobs}: give 1 or more")
         self.profile_name, self.profile = profile, self.suite.profiles[profile]
-        sources = {self.suite.calibration, *(job.source for job in self._all_jobs())}
+        learnt = (job.spec.distil.source for job in self._all_jobs() if job.spec is not None and job.spec.distil)
+        sources = {self.suite.calibration, *(job.source for job in self._all_jobs()), *filter(None, learnt)}
         self.hashes = {source: text_hash(self._text(source), "calibration") for source in sorted(sources)}
         self.evaluation_hash = text_hash(self._text(self.suite.evaluation), "evaluation")
         if self.evaluation_hash in self.hashes.values():
@@ -294,6 +309,9 @@ class SuiteRun:
         }
         if job.spec is not None:
             inputs["calibration"] = [self.hashes[job.source], self._rows(job), profile.length, job.seed]
+            if job.spec.distil is not None:
+                learnt = job.spec.distil
+                inputs["distil"] = [learnt.model_dump(), self.hashes[learnt.source or job.source]]
             inputs["blocks"] = None if job.spec.same_blocks_as is None else self._inputs(self._twin(job))
         if self._is_exported(job):
             inputs["saved"] = True
@@ -383,7 +401,11 @@ class SuiteRun:
         if job.spec is None:
             return 0.0
         config = method_config(job.spec.method, {**job.spec.set, "sparsity": job.sparsity})
-        return METHODS[job.spec.method].outline(skeleton(str(self.dense_path)), self._rows(job), config)
+        passes = METHODS[job.spec.method].outline(skeleton(str(self.dense_path)), self._rows(job), config)
+        if job.spec.distil is None:
+            return passes
+        learning = method_config("distill", job.spec.distil.set)
+        return passes + METHODS["distill"].outline(skeleton(str(self.dense_path)), job.spec.distil.rows, learning)
 
     def _config(self, job: _Job) -> Any:
         """The method's configuration for a cell."""
@@ -499,7 +521,7 @@ class SuiteRun:
         return CELL.validate_python(self.work.result(*self._stage(job), compute))
 
     def _compute(self, job: _Job, progress: Progress) -> Cell:
-        seconds, rows, numbers = None, None, {}
+        seconds, rows, numbers, distilled = None, None, {}, None
         with PeakMemory(os.getpid(), interval_seconds=0.5) as peak:
             loaded = load(str(self.dense_path), dtype=DTYPES[self.profile.dtype])
             loaded.model.to(self.device)  # type: ignore[arg-type]
@@ -516,6 +538,8 @@ class SuiteRun:
                 seconds = time.perf_counter() - start + compressed.report.resumed_seconds
                 loaded = dataclasses.replace(loaded, model=compressed.model)
                 numbers = dict(compressed.report.numbers)
+                if job.spec.distil is not None:
+                    loaded, distilled = self._distil(job, job.spec.distil, loaded, judged_on, progress)
         if self._is_exported(job) and job.spec is not None:
             self._save(job, loaded)
         return Cell(
@@ -532,6 +556,34 @@ class SuiteRun:
             peak_rss_bytes=peak.bytes,
             numbers=numbers,
             costs=budget.costs(loaded.model),
+            distilled=distilled,
+        )
+
+    def _distil(
+        self, job: _Job, spec: DistilSpec, loaded: Loaded, judged_on: Tensor, progress: Progress
+    ) -> tuple[Loaded, Distilled]:
+        """Let the model of a cell learn from the dense one."""
+        before = perplexity(logits_of(loaded.model), judged_on, progress)
+        teacher = load(str(self.dense_path), dtype=DTYPES[self.profile.dtype])
+        teacher.model.to(self.device)  # type: ignore[arg-type]
+        rows = self._draw(dataclasses.replace(job, source=spec.source or job.source), teacher, progress, spec.rows)
+        start = time.perf_counter()
+        run = Run(
+            progress=progress,
+            device=self.device,
+            scratch=self.root / "scratch",
+            consume=True,
+            teacher=teacher.model,
+        )
+        learnt = METHODS["distill"].compress(loaded.model, rows, method_config("distill", spec.set), run)
+        numbers = learnt.report.numbers
+        return dataclasses.replace(loaded, model=learnt.model), Distilled(
+            spec.set,
+            rows.record(),
+            numbers["tokens_learnt"],
+            time.perf_counter() - start + learnt.report.resumed_seconds,
+            before,
+            tuple(numbers["losses"]),
         )
 
     def _save(self, job: _Job, loaded: Loaded) -> None:
@@ -598,18 +650,18 @@ class SuiteRun:
         dumped: dict[str, Any] = EXPORTED.dump_python(found, mode="json")
         return dumped
 
-    def _draw(self, job: _Job, loaded: Loaded, progress: Progress) -> TokenRows:
+    def _draw(self, job: _Job, loaded: Loaded, progress: Progress, rows: int | None = None) -> TokenRows:
         profile, source = self.profile, self._text(job.source)
-        rows = draw(
+        drawn = draw(
             source,
             loaded.tokenizer,
-            rows=self._rows(job),
+            rows=self._rows(job) if rows is None else rows,
             length=profile.length,
             seed=job.seed,
             model=loaded.model,
             progress=progress,
         )
-        return dataclasses.replace(rows, source=job.source)  # its name, and no path of this machine
+        return dataclasses.replace(drawn, source=job.source)  # its name, and no path of this machine
 
     def _evaluation_rows(self, tokenizer: PreTrainedTokenizerBase, context: int) -> Tensor:
         profile, text = self.profile, self._text(self.suite.evaluation)
