@@ -45,13 +45,29 @@ class OriginEntry(Strict):
     quantised_from: str | None = None
 
 
+class TeacherEntry(Strict):
+    """The model that a step learnt from: its name as it was given, and its id where it is an artifact."""
+
+    name: str
+    artifact: str | None = None
+
+    @classmethod
+    def of(cls, loaded: Loaded) -> TeacherEntry:
+        """The entry of a loaded model; of a path only the last part is kept."""
+        origin = loaded.origin
+        return cls(
+            name=origin.name if origin.kind in ("hub", "demo") else Path(origin.name).name, artifact=origin.artifact_id
+        )
+
+
 class Step(Strict):
-    """One method that was applied: its options, the calibration rows it saw, and its report."""
+    """One method that was applied: its options, the calibration rows it saw, its report, and whom it learnt from."""
 
     method: str
     config: dict[str, Any]
     calibration: dict[str, Any] | None = None
     numbers: dict[str, Any]
+    teacher: TeacherEntry | None = None
 
 
 class LayoutEntry(Strict):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedModel
 
 from benchmarks import tasks
 from benchmarks.evaluation import Evaluation, Subject, perplexities, retained
 from benchmarks.machine import machine
 from benchmarks.quality import quality
 from benchmarks.record import sealed
+from benchmarks.scoring import torch_scorer
 from benchmarks.tasks import TaskScore
+from compress.calibration import context_length_of
 from compress.evaluate import Perplexity, perplexity
 from compress.result import Progress
+from compress.sources import Loaded
 from deploy.bench import model_of, now
 from deploy.recipe import EvaluationSpec
 from deploy.sides import Side, check_comparable, open_side
@@ -82,6 +87,25 @@ def evaluate(
             machine=machine(),
         )
     )
+
+
+def accuracy_score(
+    loaded: Loaded, task_sources: Sequence[str], limit: int | None
+) -> Callable[[PreTrainedModel], float]:
+    """A judge of models that come from one: their mean accuracy over tasks.
+
+    Raises:
+        ConfigError: a task or the limit cannot be meant.
+        MissingExtra: tasks without lm-eval.
+    """
+    tasks.check(task_sources, limit)
+
+    def score(model: PreTrainedModel) -> float:
+        context = context_length_of(model)
+        found = tasks.evaluate(torch_scorer(model), loaded.tokenizer, context, task_sources, limit=limit)
+        return sum(each.acc for each in found) / len(found)
+
+    return score
 
 
 def _subject(side: Side, found: Perplexity, scores: tuple[TaskScore, ...]) -> Subject:

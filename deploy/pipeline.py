@@ -27,9 +27,9 @@ from compress.sources import Loaded, fingerprint, load, skeleton
 from compress.text import text_hash
 from deploy.bench import all_runs, model_of, now
 from deploy.comparison import Measured, measure
-from deploy.recipe import Recipe
+from deploy.recipe import Recipe, StepSpec
 from deploy.sides import form_of, open_side
-from deploy.steps import CHECK_TOKENS, compress_model, evaluation_windows
+from deploy.steps import CHECK_TOKENS, DISTILL, compress_model, evaluation_windows
 from deploy.workspace import Workspace
 from exporters import export
 from exporters.base import installed_versions
@@ -83,16 +83,20 @@ class Pipeline:
     # --- Compression
 
     def _climb(self, dense: Perplexity) -> list[_Rung]:
-        """Try the values of the last step from mild to strong; stop at the first that misses the quality limits."""
+        """Try the values of one step from mild to strong; stop at the first that misses the quality limits."""
         parent, parent_hash = self.recipe.model, self.model_hash
-        for place, step in enumerate(self.recipe.steps[:-1], start=1):
-            path = self._compress(f"step{place}-{step.method}", parent, parent_hash, step.method, dict(step.set))
+        rung_at, rungs = self.recipe.rung, []
+        for place, step in enumerate(self.recipe.steps[:rung_at], start=1):
+            path = self._compress(f"step{place}-{step.method}", parent, parent_hash, step)
             parent, parent_hash = str(path), artifact.read_manifest(path).id
-        last, rungs = self.recipe.steps[-1], []
-        for options in last.variants():
-            self.say(f"{last.method} with {_options(options)}")
-            path = self._compress(f"artifact-{last.method}", parent, parent_hash, last.method, options)
-            rung = self._rung(options, path, dense)
+        for chain in self.recipe.chains():
+            tried = chain[rung_at]
+            self.say(f"{tried.method} with {_options(tried.set)}")
+            path = self._compress(f"artifact-{tried.method}", parent, parent_hash, tried)
+            for step in chain[rung_at + 1 :]:
+                self.say(f"  then {step.method}" + (f" with {_options(step.set)}" if step.set else ""))
+                path = self._compress(f"artifact-{step.method}", str(path), artifact.read_manifest(path).id, step)
+            rung = self._rung(dict(tried.set), path, dense)
             rungs.append(rung)
             self.say(
                 f"  perplexity {rung.perplexity.value:.2f}, {_times(rung.perplexity.value, dense.value)} the dense"
@@ -101,25 +105,33 @@ class Pipeline:
                 break
         return rungs
 
-    def _compress(self, stage: str, parent: str, parent_hash: str, method: str, options: dict[str, Any]) -> Path:
-        calibration = self.recipe.calibration
-        inputs = {**_common(), "parent": parent_hash, "method": method, "options": options}
-        inputs["calibration"] = {**calibration.model_dump(), "text": self.text_hashes["calibration"]}
+    @property
+    def _behind(self) -> int:
+        """How many steps come behind the one of which several values are tried."""
+        return len(self.recipe.steps) - 1 - self.recipe.rung
+
+    def _compress(self, stage: str, parent: str, parent_hash: str, step: StepSpec) -> Path:
+        calibration = step.calibration or self.recipe.calibration
+        inputs = {**_common(), "parent": parent_hash, "method": step.method, "options": step.set}
+        inputs["calibration"] = {**calibration.model_dump(), "text": text_hash(calibration.source, "calibration")}
+        distils = step.method == DISTILL and parent != self.recipe.model
+        if distils:
+            inputs["teacher"] = self.model_hash
 
         def make(path: Path) -> None:
             # The dense model serves every rung; a model in between is loaded for this step alone.
             consume = parent != self.recipe.model
             loaded = load(parent) if consume else self._dense()
-            steps = [(method, options)]
             compress_model(
                 loaded,
-                steps,
+                [step],
                 calibration,
                 path,
                 device=self.device,
                 progress=self.progress,
                 consume=consume,
                 scratch=self.work.root / "scratch",
+                teacher=self._dense() if distils else None,
             )
 
         return self.work.folder(stage, inputs, make)
@@ -235,7 +247,7 @@ class Pipeline:
         return Record(
             kind="run",
             created=now(),
-            title=f"{self.recipe.model}, {_options(chosen.options)} by {self.recipe.steps[-1].method}",
+            title=f"{self.recipe.model}, {_options(chosen.options)} by {_methods(self.recipe)}",
             model=model_of(ours),
             artifacts={"baseline": None, "candidate": chosen.manifest.id},
             measured=f"{theirs.form}, on the CPU",
@@ -255,7 +267,7 @@ class Pipeline:
             quality=self._qualities(against_dense, measured, form),
             runs=all_runs(measured),
             recipe=self.recipe.model_dump(mode="json"),
-            texts={"calibration": dict(chosen.manifest.steps[-1].calibration or {}), "evaluation": rows.record()},
+            texts={"calibration": dict(self._step_of(chosen).calibration or {}), "evaluation": rows.record()},
             commands=(command,),
             machine=machine(),
         )
@@ -266,6 +278,10 @@ class Pipeline:
             f"dense {dtype} against dense {form.split()[0]}": against_dense,
             f"candidate {dtype} against dense {dtype}": measured.quality,
         }
+
+    def _step_of(self, rung: _Rung) -> artifact.Step:
+        """What the step did of which several values are tried."""
+        return rung.manifest.steps[-1 - self._behind]
 
     def _ladder(self, dense: Perplexity, counts: budget.Counts, rungs: list[_Rung], chosen: _Rung, form: str) -> Ladder:
         ratios = [limit.max_ratio for limit in self._quality_limits() if limit.max_ratio is not None]
@@ -279,12 +295,17 @@ class Pipeline:
             perplexity_standard_error=_finite(dense.standard_error),
             perplexity_ratio=1.0,
         )
-        steps = [_ladder_step(rung, dense, rung is chosen) for rung in rungs]
+        steps = [_ladder_step(rung, self._step_of(rung), dense, rung is chosen) for rung in rungs]
         return Ladder(form, min(ratios, default=None), (first, *steps))
 
 
-def _ladder_step(rung: _Rung, dense: Perplexity, chosen: bool) -> records.Step:
-    numbers = rung.manifest.steps[-1].numbers
+def _methods(recipe: Recipe) -> str:
+    """The methods in words: that of which several values are tried, and what comes behind it."""
+    return " and ".join(step.method for step in recipe.steps[recipe.rung :])
+
+
+def _ladder_step(rung: _Rung, step: artifact.Step, dense: Perplexity, chosen: bool) -> records.Step:
+    numbers = step.numbers
     return records.Step(
         sparsity=numbers["sparsity_wanted"],
         artifact=rung.manifest.id,

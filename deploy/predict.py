@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +16,7 @@ from compress.methods import METHODS, method_config
 from compress.result import Run
 from compress.sources import skeleton
 from compress.surgery import expand
-from deploy.recipe import CalibrationSpec
+from deploy.recipe import CalibrationSpec, StepSpec
 from exporters import exporter_named
 from exporters.base import ExportOptions
 from exporters.to_onnx import check_layout, check_options
@@ -47,7 +46,7 @@ class Prediction:
 
 def predict(
     model: str,
-    steps: Sequence[tuple[str, dict[str, Any]]],
+    steps: Sequence[StepSpec],
     calibration: CalibrationSpec,
     spill_bytes: int = Run.spill_bytes,
 ) -> Prediction:
@@ -55,8 +54,8 @@ def predict(
 
     Args:
         model: as for ``compress.sources.load``; its weights are not read.
-        steps: method names and options.
-        calibration: of every step.
+        steps: methods with their options.
+        calibration: of every step that has none of its own.
         spill_bytes: sets of hidden states or weights that are larger lie in files.
 
     Raises:
@@ -65,15 +64,19 @@ def predict(
     """
     shape = skeleton(model)
     item_size = shape.dtype.itemsize
-    memory = _memory(shape, calibration.length)
-    operations = 0.0
-    for name, options in steps:
-        method, config = METHODS[name], method_config(name, options)
-        pass_operations = 2.0 * budget.count(shape).total * calibration.length
+    memory, operations = _memory(shape, calibration.length), 0.0
+    for step in steps:
+        method, config, drawn = (
+            METHODS[step.method],
+            method_config(step.method, step.set),
+            step.calibration or calibration,
+        )
+        pass_operations = 2.0 * budget.count(shape).total * drawn.length
+        memory = max(memory, _memory(shape, drawn.length))
         if method.memory is not None:
-            more = method.memory(shape, calibration.rows, calibration.length, config, spill_bytes)
-            memory = max(memory, _memory(shape, calibration.length) + more)
-        operations += method.outline(shape, calibration.rows, config) * pass_operations
+            more = method.memory(shape, drawn.rows, drawn.length, config, spill_bytes)
+            memory = max(memory, _memory(shape, drawn.length) + more)
+        operations += method.outline(shape, drawn.rows, config) * pass_operations
     parameters = budget.count(shape).total
     minutes = operations / _operations_per_second(shape.dtype) / 60
     return Prediction(parameters, parameters * item_size, memory, minutes, layout_of(shape).kind)

@@ -7,9 +7,10 @@
     gate:
       limits: [{metric: perplexity, max_ratio: 2.0}]
 
-Steps chain. One option of the last step may be a list: its values are tried in the order given, from mild to strong,
-until one misses a perplexity limit of the gate; the last that met it goes on. An option whose value is a list itself,
-such as the blocks to protect, is taken as it is.
+Steps chain. One option of one step may be a list: its values are tried in the order given, from mild to strong, each
+with all steps behind it, until one misses a perplexity limit of the gate; the last that met it goes on. An option whose
+value is a list itself, such as the blocks to protect, is taken as it is. A step ``distill`` learns from the model that
+the recipe began with.
 """
 
 from __future__ import annotations
@@ -47,10 +48,11 @@ class CalibrationSpec(Strict):
 
 
 class StepSpec(Strict):
-    """One method and its options."""
+    """One method and its options, and calibration rows of its own where it is to have others than the recipe's."""
 
     method: str
     set: dict[str, JsonValue] = Field(default_factory=dict)
+    calibration: CalibrationSpec | None = None
 
     def variants(self) -> list[dict[str, Any]]:
         """The options to try: one set of them, or one for each value of the option that is a list."""
@@ -124,8 +126,11 @@ class Recipe(Strict):
     def _steps_can_be_run(self) -> Recipe:
         for place, step in enumerate(self.steps, start=1):
             lists = step.ladders()
-            if len(lists) > 1 or (lists and place < len(self.steps)):
-                raise ValueError(f"step {place}: only one option, of the last step, may be a list ({', '.join(lists)})")
+            others = [name for other in self.steps[: place - 1] for name in other.ladders()]
+            if len(lists) > 1 or (lists and others):
+                raise ValueError(
+                    f"step {place}: only one option of one step may be a list ({', '.join(others + lists)})"
+                )
             if lists and not step.set[lists[0]]:
                 raise ValueError(f"step {place}: {lists[0]} is an empty list")
             shares = []
@@ -139,8 +144,20 @@ class Recipe(Strict):
 
     @property
     def is_ladder(self) -> bool:
-        """Whether the last step has several values to try."""
-        return len(self.steps[-1].variants()) > 1
+        """Whether a step has several values to try."""
+        return len(self.chains()) > 1
+
+    @property
+    def rung(self) -> int:
+        """The place of the step of which several values are tried; the last step where there is none."""
+        places = [place for place, step in enumerate(self.steps) if step.ladders()]
+        return places[0] if places else len(self.steps) - 1
+
+    def chains(self) -> list[list[StepSpec]]:
+        """All steps with one value each, once for every value that is to be tried."""
+        step = self.steps[self.rung]
+        chosen = [step.model_copy(update={"set": options}) for options in step.variants()]
+        return [[*self.steps[: self.rung], one, *self.steps[self.rung + 1 :]] for one in chosen]
 
 
 def read_recipe(path: Path) -> Recipe:

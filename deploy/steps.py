@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress import artifact
 from compress.arch import composite_of
-from compress.artifact import Step
+from compress.artifact import Step, TeacherEntry
 from compress.calibration import TokenRows, draw, windows
 from compress.device import put, take_back
 from compress.errors import ConfigError
@@ -19,15 +18,17 @@ from compress.methods import METHODS, method_config
 from compress.result import Progress, Run
 from compress.sources import Loaded
 from compress.surgery import without_weights
-from deploy.recipe import CalibrationSpec, EvaluationSpec
+from deploy.recipe import CalibrationSpec, EvaluationSpec, StepSpec
 
+DISTILL = "distill"
+"""The method whose teacher, behind other steps, is the model that the first of them was applied to."""
 CHECK_TOKENS = 128
 """Tokens that every export is checked on, whole and one by one."""
 
 
 def compress_model(
     loaded: Loaded,
-    steps: Sequence[tuple[str, dict[str, Any]]],
+    steps: Sequence[StepSpec],
     calibration: CalibrationSpec,
     path: Path,
     *,
@@ -37,20 +38,23 @@ def compress_model(
     scratch: Path | None = None,
     spill_bytes: int = Run.spill_bytes,
     teacher: Loaded | None = None,
+    score: Callable[[PreTrainedModel], float] | None = None,
 ) -> artifact.Manifest:
     """Apply methods to a model, one after the other, and save the artifact.
 
     Args:
         loaded: the model; cut in place when ``consume``.
-        steps: method names and options.
-        calibration: where the rows of every step come from.
+        steps: methods with their options.
+        calibration: where the rows of every step come from that does not say so itself.
         path: the artifact's folder.
         device: where the forward passes run, "auto" included.
         progress: told of each step.
         consume: the model given is not needed any more.
         scratch: where an interrupted call leaves what the next one goes on from.
         spill_bytes: as in `Run`.
-        teacher: what a method learns from in place of the model, with the same tokenizer.
+        teacher: what a method learns from in place of the model, with the same tokenizer. Without it a distillation
+            behind other steps learns from the model given.
+        score: judges models for a method that asks for it.
 
     Raises:
         ConfigError: the teacher has another tokenizer, or no method learns from one.
@@ -60,29 +64,32 @@ def compress_model(
     if composite_of(loaded.model.config) is not None or layout_of(loaded.model).kind == "shared" or len(steps) > 1:
         _try_on_shapes(loaded.model, steps, calibration)
     if teacher is not None:
-        check_taught([method for method, _ in steps])
+        check_taught([step.method for step in steps])
         _check_tokenizers(loaded, teacher)
         put(teacher.model, device)
     origin, taken, parent = artifact.ancestry(loaded)
     model = loaded.model
-    for place, (method, options) in enumerate(steps):
-        config = method_config(method, options)
+    distils = any(step.method == DISTILL for step in steps[1:]) and teacher is None
+    for place, step in enumerate(steps):
+        method, config, drawn = step.method, method_config(step.method, step.set), step.calibration or calibration
         inputs_go_to = put(model, device)
         rows = draw(
-            calibration.source,
+            drawn.source,
             loaded.tokenizer,
-            rows=calibration.rows,
-            length=calibration.length,
-            seed=calibration.seed,
+            rows=drawn.rows,
+            length=drawn.length,
+            seed=drawn.seed,
             model=model,
             progress=progress,
         )
+        learns_from = loaded if distils and place and method == DISTILL else teacher
         run = Run(
             progress,
             inputs_go_to,
             scratch,
-            consume=consume or place > 0,
-            teacher=None if teacher is None else teacher.model,
+            consume=place > 0 or (consume and not distils),
+            teacher=None if learns_from is None else learns_from.model,
+            score=score,
             spill_bytes=spill_bytes,
         )
         compressed = METHODS[method].compress(model, rows, config, run)
@@ -93,6 +100,7 @@ def compress_model(
                 config=dict(report.config),
                 calibration=rows.record(),
                 numbers=dict(report.numbers),
+                teacher=None if learns_from is None else TeacherEntry.of(learns_from),
             )
         )
     take_back(model)
@@ -114,13 +122,12 @@ def _check_tokenizers(loaded: Loaded, teacher: Loaded) -> None:
         raise ConfigError(f"{teacher.origin.name} has another tokenizer than {loaded.origin.name}: it cannot teach it")
 
 
-def _try_on_shapes(
-    model: PreTrainedModel, steps: Sequence[tuple[str, dict[str, Any]]], calibration: CalibrationSpec
-) -> None:
+def _try_on_shapes(model: PreTrainedModel, steps: Sequence[StepSpec], calibration: CalibrationSpec) -> None:
     """Let a method refuse a model before the work of the methods before it is done."""
     shape = without_weights(model)
-    for method, options in steps:
-        METHODS[method].outline(shape, calibration.rows, method_config(method, options))
+    for step in steps:
+        rows = (step.calibration or calibration).rows
+        METHODS[step.method].outline(shape, rows, method_config(step.method, step.set))
 
 
 def evaluation_windows(spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase, context_length: int) -> TokenRows:
