@@ -31,17 +31,25 @@ from compress.delta.package import DESCRIPTION, VERSION, Description
 from compress.schema import read_versioned, read_yaml
 from deploy.cli import build_parser
 from deploy.delta_suite import DeltaSuite
+from deploy.fit_record import FitRecord
+from deploy.fit_record import read as read_fit
 from deploy.recipe import Recipe, read_recipe
 from deploy.suite import Suite
 from exporters.base import ExportRecord, read_export
 
-LEANS_ON = {"evaluation": ("record",), "table": ("record", "evaluation"), "delta-table": ("record",)}
+LEANS_ON = {
+    "evaluation": ("record",),
+    "table": ("record", "evaluation"),
+    "delta-table": ("record",),
+    "fit": ("record", "evaluation"),
+}
 """Sections that send the reader to others for what they share."""
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMATS = (ROOT / "docs" / "formats.md").read_text("utf-8")
 README = (ROOT / "README.md").read_text("utf-8")
 DELTAS = (ROOT / "docs" / "deltas.md").read_text("utf-8")
+FIT = (ROOT / "docs" / "fit.md").read_text("utf-8")
 SCHEMAS = {
     "recipe": Recipe,
     "gate": GateFile,
@@ -54,6 +62,7 @@ SCHEMAS = {
     "delta": Description,
     "delta-suite": DeltaSuite,
     "delta-table": DeltaTable,
+    "fit": FitRecord,
 }
 
 
@@ -145,6 +154,13 @@ def test_the_example_of_a_table_of_deltas_is_read_and_fills_the_example_of_a_sui
         assert [(cell.label, cell.p, cell.values) for cell in found.cells if cell.p is None] == low_rank
 
 
+def test_the_example_of_a_search_is_read_and_was_not_changed_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "fit.json").write_text(example("fit"))
+    found = read_fit(tmp_path / "fit.json")
+    assert found.best is not None
+    assert {row.method for row in found.candidates} == {each.method for each in found.searched}
+
+
 @pytest.fixture(scope="module")
 def vectors() -> dict[str, Any]:
     """Numbers that others may test a reader of delta packages with."""
@@ -184,7 +200,7 @@ def test_every_key_of_a_format_is_described(name: str) -> None:
     assert not sorted(keys_of(SCHEMAS[name]) - written)
 
 
-@pytest.mark.parametrize("name", ["manifest", "export", "record", "evaluation", "table", "delta", "delta-table"])
+@pytest.mark.parametrize("name", ["manifest", "export", "record", "evaluation", "table", "delta", "delta-table", "fit"])
 def test_an_example_shows_every_key_at_the_top(name: str) -> None:
     assert set(json.loads(example(name))) == set(SCHEMAS[name].model_fields)
 
@@ -195,7 +211,7 @@ def command_lines(text: str) -> list[str]:
     return [call.replace("[", "").replace("]", "") for call in calls]
 
 
-@pytest.mark.parametrize("line", [*command_lines(README), *command_lines(DELTAS)])
+@pytest.mark.parametrize("line", [*command_lines(README), *command_lines(DELTAS), *command_lines(FIT)])
 def test_a_command_line_in_the_documents_is_one_that_the_program_takes(line: str) -> None:
     assert hasattr(build_parser().parse_args(shlex.split(line)[1:]), "handler")
 

@@ -211,7 +211,6 @@ class _Lesson:
         self.map = _map(self.student, self.teacher, config) if config.intermediate else None
         self.kept_predictions: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
         self.temporary: tempfile.TemporaryDirectory[str] | None = None
-        self.block_forwards = 0
 
     def teach(self) -> dict[str, Any]:
         """Learn, and say what came of it."""
@@ -231,10 +230,21 @@ class _Lesson:
         return {
             "losses": list(learnt.losses),
             "tokens_learnt": config.epochs * self.rows * self.tokens.shape[1],
-            "block_forwards": self.block_forwards,
+            "block_forwards": self._block_forwards(),
             **({"held_out_before": before, "held_out_after": after} if config.held_out else {}),
             "resumed_seconds": resumed + learnt.resumed_seconds,
         }
+
+    def _block_forwards(self) -> int:
+        """Passes of one row through one block, those of an earlier call counted as well; learning counts as three."""
+        config, ours, theirs = self.config, len(self.student), len(self.teacher)
+        asked = bool(config.distil and not config.top_tokens) or config.intermediate
+        return (
+            config.epochs * self.rows * (3 * ours + theirs * asked)
+            + self.rows * theirs * bool(config.distil and config.top_tokens)
+            + config.correction_epochs * self.rows * 3 * theirs
+            + 2 * config.held_out * (ours + theirs)
+        )
 
     def _optimise(
         self, groups: Sequence[Group], loss: Callable[[Tensor, int], Tensor], epochs: int, what: str
@@ -293,7 +303,6 @@ class _Lesson:
     def _pass(self, decoder: Decoder, rows: Tensor) -> tuple[list[Tensor], Tensor]:
         """The normed states that are compared, and what leaves the last block."""
         inputs = {"input_ids": self.tokens[rows].to(self.run.device)}
-        self.block_forwards += len(rows) * len(decoder) * (3 if torch.is_grad_enabled() else 1)
         with ExitStack() as stack:
             seen = [stack.enter_context(output_seen(norm)) for norm in self._norms(decoder)]
             last = through(decoder, inputs, None, 0, len(decoder))

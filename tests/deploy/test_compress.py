@@ -20,6 +20,7 @@ from compress.artifact import read_manifest
 from compress.schema import list_files
 from deploy.cli import main
 from deploy.comparison import child_environment
+from tests.deploy.test_eval import QUIZ, write_rows
 
 OPTIONS = {"sparsity": 0.6, "window": 4, "batch": 2, "coefficient_rank": 2, "lora_rank": 2, "loss": "mse"}
 
@@ -157,3 +158,94 @@ def test_a_teacher_that_is_not_asked_or_not_understood_is_refused(
     assert main(fold(dense, tmp_path / "out", "--teacher", str(other))) == 2
     assert "another tokenizer" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
+
+
+# Minitron and distillation
+
+
+def lesson(student: Path, teacher: Path, out: Path, *more: str, **options: object) -> list[str]:
+    given = {"batch": 2, "precision": "fp32", "learning_rate": 0.001, **options}
+    chosen = [word for name, value in given.items() for word in ("--set", f"{name}={value}")]
+    command = ["distill", str(student), "--teacher", str(teacher), *chosen, "--rows", "4", "--length", "32"]
+    return [*command, *more, "-o", str(out)]
+
+
+@pytest.fixture(scope="module")
+def half(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dense model with half of its neurons."""
+    out = tmp_path_factory.mktemp("half") / "half"
+    command = ["compress", str(dense), "--method", "minitron", "--set", "intermediate_size=40"]
+    assert main([*command, "--rows", "4", "--length", "32", "-o", str(out)]) == 0
+    return out
+
+
+def test_a_student_learns_from_its_parent_and_the_manifest_says_from_whom(
+    dense: Path, half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(lesson(half, dense, tmp_path / "out", epochs=20, held_out=2)) == 0
+    captured = capsys.readouterr()
+    last = json.loads(captured.out.splitlines()[-1])
+    assert last["tokens_learnt"] == 20 * 2 * 32
+    assert last["losses"][-1] < last["losses"][0]
+    assert last["parameters_before"] == last["parameters_after"]
+    assert "nats from the teacher" in captured.err
+    cut, learnt = read_manifest(tmp_path / "out").steps
+    assert (cut.method, cut.teacher, learnt.method) == ("minitron", None, "distill")
+    assert learnt.teacher is not None
+    assert (learnt.teacher.name, learnt.teacher.artifact) == (dense.name, None)
+    assert read_manifest(tmp_path / "out").parent == read_manifest(half).id
+
+
+@pytest.mark.xdist_group("eval")
+def test_a_lesson_that_was_killed_goes_on_and_ends_with_the_same_bytes(dense: Path, half: Path, tmp_path: Path) -> None:
+    killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
+    program = "import compress.training as t, sys; t.KEEP_SECONDS = 0; t.KEEP_SHARE = 1e9"
+    program += "; from deploy.cli import main; main()"
+    command = [sys.executable, "-P", "-c", program, *lesson(half, dense, killed, epochs=150)]
+    kept = kill_when_there(command, tmp_path / ".killed.scratch", "distillation-*.safetensors")
+    assert not killed.exists()
+    done = json.loads(safe_open(kept, "pt").metadata()["place"])["done"]  # type: ignore[no-untyped-call]
+    assert 0 < done < 300
+    assert main(lesson(half, dense, killed, epochs=150)) == 0
+    assert main(lesson(half, dense, unbroken, epochs=150)) == 0
+    assert list_files(killed) == list_files(unbroken)
+    assert not list(tmp_path.glob(".*scratch"))
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(
+    dense: Path, half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(dense, tmp_path / "other")
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text().replace('"<pad>"', '"<end>"'))
+    assert main(lesson(half, other, tmp_path / "out")) == 2
+    assert "another tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_sizes_that_cannot_be_are_refused_with_the_nearest(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option, words in (
+        ("num_attention_heads=3", "the nearest are 2 and 4"),
+        ("hidden_size=44", "the nearest are 40 and 48"),
+        ("intermediate_size=100", "more than the 80"),
+        ("depth_ranking=score", "give tasks"),
+    ):
+        command = ["compress", str(dense), "--method", "minitron", "--set", option, "--set", "num_hidden_layers=4"]
+        assert main([*command, "--rows", "2", "--length", "32", "-o", str(tmp_path / "out")]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_blocks_are_ranked_by_a_task(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lm_eval")
+    write_rows(tmp_path / "quiz.jsonl", QUIZ)
+    command = ["compress", str(dense), "--method", "minitron", "--set", "num_hidden_layers=3"]
+    command += ["--set", "depth_ranking=score", "--set", "contiguous=true", "--tasks", str(tmp_path / "quiz.jsonl")]
+    assert main([*command, "--rows", "2", "--length", "32", "-o", str(tmp_path / "out")]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(last["block_scores"]) == 4
+    first = last["block_scores"].index(min(last["block_scores"]))
+    assert last["blocks_removed"] == [first, first + 1]
+    assert all(-1 <= score <= 0 for score in last["block_scores"])

@@ -110,6 +110,33 @@ def test_a_run_whose_mildest_step_misses_the_gate_fails_with_exit_code_3(
     assert len(list((tmp_path / "run").glob("artifact-*"))) == 1, "it stops at the first that misses the gate"
 
 
+def test_every_rung_learns_from_the_dense_model_and_is_judged_after_it(dense: Path, tmp_path: Path) -> None:
+    plain, taught = (yaml.safe_load(recipe_file(tmp_path, dense).read_text()) for _ in range(2))
+    rows = {"rows": 4, "length": 32}
+    options = {"batch": 2, "epochs": 30, "precision": "fp32", "learning_rate": 0.001}
+    taught["steps"] = [*plain["steps"], {"method": "distill", "set": options, "calibration": rows}]
+    recipe = tmp_path / "taught.yaml"
+    recipe.write_text(yaml.safe_dump(taught))
+    assert main(["run", str(recipe), "-o", str(tmp_path / "run")]) == 0
+    record = records.read(tmp_path / "run" / "record.json")
+    assert record.ladder is not None
+    assert [step.sparsity for step in record.ladder.steps] == [0.0, 0.2, 0.4]
+    made = {step.artifact: step.perplexity for step in record.ladder.steps[1:]}
+    manifests = [artifact.read_manifest(path) for path in (tmp_path / "run").glob("artifact-distill-*")]
+    assert {manifest.id for manifest in manifests} == set(made)
+    for manifest in manifests:
+        assert [step.method for step in manifest.steps] == ["2ssp", "distill"]
+        assert manifest.steps[1].teacher is not None
+        assert manifest.steps[1].teacher.name == dense.name
+        assert manifest.steps[1].calibration is not None
+        assert manifest.steps[1].calibration["rows"] == 4
+    options["epochs"] = 1
+    recipe.write_text(yaml.safe_dump(taught))
+    assert main(["run", str(recipe), "-o", str(tmp_path / "run")]) == 0
+    assert len(list((tmp_path / "run").glob("artifact-distill-*"))) == 4
+    assert len(list((tmp_path / "run").glob("artifact-2ssp-*"))) == 2
+
+
 def test_a_text_that_changed_is_noticed(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOLDAWAY_API_KEY", "a key that only the user's own server asks for")
     recipe = recipe_file(tmp_path, dense, sparsity=(0.2,))

@@ -184,6 +184,27 @@ def test_a_method_may_have_sparsities_of_its_own(data: Path, tmp_path: Path) -> 
     assert tables.ratio_grid(table).rows == ()
 
 
+def test_the_model_of_a_row_may_learn_from_the_dense_one(data: Path, tmp_path: Path) -> None:
+    options = {"batch": 2, "epochs": 20, "learning_rate": 0.001, "precision": "fp32"}
+    wanted = {"rows": 4, "set": options}
+    row = {"label": "cut", "method": "minitron", "set": {"intermediate_size": 40}, "sparsities": [0], "tasks": False}
+    methods = [row, {**row, "label": "taught", "distil": wanted}]
+    run = suite(data, tmp_path / "run", methods=methods, calibrations=None)
+    for name in ("dense", "cut-0.0", "taught-0.0"):
+        run.compute(name, no_progress)
+    table = run.run(no_progress)
+    cut, taught = table.cells
+    assert cut.distilled is None
+    assert taught.distilled is not None
+    assert taught.distilled.before == cut.perplexity
+    assert taught.distilled.tokens == 20 * 4 * 48
+    assert taught.distilled.calibration["source"] == "builtin"
+    assert taught.perplexity.value != cut.perplexity.value
+    assert [row[3] for row in tables.learning_grid(table).rows] == ["–", "–", "3 840 of builtin"]
+    with pytest.raises(ConfigError, match="give 4 or 6 rows"):
+        suite(data, tmp_path / "other", methods=[{**row, "distil": {**wanted, "rows": 5}}], calibrations=None)
+
+
 def test_a_task_that_cannot_be_asked_is_refused_before_anything_is_computed(data: Path, tmp_path: Path) -> None:
     write_rows(data / "quiz.jsonl", [{"query": "what", "gold": 0}])
     with pytest.raises(ConfigError, match="lacks choices"):
