@@ -90,20 +90,83 @@ def ladder(points: Sequence[Point], limit: float | None) -> Html:
     return _svg("Perplexity against parameters", words, 420, 298, drawn)
 
 
+def under_budget(
+    title: str, points: Sequence[Point], limit: float, names: tuple[str, str], *, log: bool = False
+) -> Html:
+    """How good models are against what a budget limits: the limit, those that fit, and the chosen one ringed.
+
+    Args:
+        title: what the picture shows.
+        points: the dense model and the candidates; these lie close together, so their labels stand in a column.
+        limit: of the budget, in the unit of the points.
+        names: of the axes.
+        log: logarithmic scale of the second axis.
+    """
+    left, right, top, bottom = 52, 404, 22, 294
+    across = [*(point.x for point in points), limit]
+    widths = _padded(min(across), max(across), 0.65, 0.1)
+    ends = [point.y + point.error for point in points]
+    ends += [point.y if log else point.y - point.error for point in points]
+    heights = (min(ends) / 1.15, max(ends) * 1.15) if log else _padded(min(ends), max(ends), 0.12)
+    x, y = _linear(*widths, left, right), (_log if log else _linear)(*heights, bottom, top)
+    drawn: list[Html] = []
+    for tick in (_log_ticks if log else lambda low, high: _ticks(low, high, 5))(*heights):
+        drawn.append(tag("line", class_="grid", x1=left, x2=right, y1=y(tick), y2=y(tick)))
+        drawn.append(tag("text", number(tick), class_="tick", x=left - 7, y=y(tick) + 4, text_anchor="end"))
+    for tick in _ticks(*widths, 5):
+        drawn.append(tag("text", number(tick), class_="tick", x=x(tick), y=bottom + 17, text_anchor="middle"))
+    drawn.append(tag("line", class_="axis", x1=left, x2=right, y1=bottom, y2=bottom))
+    drawn.append(tag("text", names[0], class_="name", x=(left + right) / 2, y=bottom + 36, text_anchor="middle"))
+    drawn.append(tag("text", names[1], class_="name", x=2, y=11))
+    drawn.append(tag("line", class_="limit", x1=x(limit), x2=x(limit), y1=top, y2=bottom))
+    drawn.append(tag("text", f"limit {number(limit)}", class_="limit", x=x(limit) + 5, y=top + 10))
+    drawn.extend(_column(points, x, y, top + 4, bottom - 4))
+    drawn.extend(_marker(point, x, y, heights[0], labelled=False) for point in points)
+    for point in points:
+        if point.state == "dense":
+            drawn.append(
+                tag("text", point.label, class_="label", x=x(point.x) - 11, y=y(point.y) - 5, text_anchor="end")
+            )
+    words = "; ".join(f"{p.label}: {number(p.x)}, {number(p.y)}{', chosen' if p.chosen else ''}" for p in points)
+    return _svg(title, f"{' against '.join(reversed(names))}; limit {number(limit)}; {words}", 420, 338, drawn)
+
+
+LABEL_HEIGHT = 15
+
+
+def _column(points: Sequence[Point], x: Scale, y: Scale, top: float, bottom: float) -> list[Html]:
+    """Labels of all but the dense model in a column to their left, none over another, each with a line to its point."""
+    named = sorted((point for point in points if point.state != "dense"), key=lambda point: y(point.y))
+    places: list[float] = []
+    for point in named:
+        places.append(max(y(point.y), places[-1] + LABEL_HEIGHT if places else top))
+    over = max(0.0, places[-1] - bottom) if places else 0.0
+    for back in range(len(places) - 1, -1, -1):  # those that are pushed out at the bottom push the others up
+        highest = bottom if back == len(places) - 1 else places[back + 1] - LABEL_HEIGHT
+        places[back] = min(places[back], highest) if over else places[back]
+    edge = min((x(point.x) for point in named), default=0.0) - 26
+    drawn = []
+    for point, place in zip(named, places, strict=True):
+        drawn.append(tag("line", class_="lead", x1=edge + 4, x2=x(point.x), y1=place, y2=y(point.y)))
+        drawn.append(tag("text", point.label, class_="label", x=edge, y=place + 4, text_anchor="end"))
+    return drawn
+
+
 def _line_through(points: Sequence[Point], x: Scale, y: Scale) -> list[Html]:
     path = " ".join(f"{x(point.x):.2f},{y(point.y):.2f}" for point in points)
     return [tag("polyline", class_="path", points=path)]
 
 
-def _marker(point: Point, x: Scale, y: Scale, lowest: float) -> Html:
+def _marker(point: Point, x: Scale, y: Scale, lowest: float, *, labelled: bool = True) -> Html:
     at, low, high = x(point.x), y(max(point.y - point.error, lowest)), y(point.y + point.error)
     parts = [
         tag("line", class_="error", x1=at, x2=at, y1=low, y2=high),
         tag("line", class_="error", x1=at - 4, x2=at + 4, y1=low, y2=low),
         tag("line", class_="error", x1=at - 4, x2=at + 4, y1=high, y2=high),
         tag("circle", class_=f"point {point.state}", cx=at, cy=y(point.y), r=5),
-        tag("text", point.label, class_="label", x=at + 14, y=y(point.y) - 3),
     ]
+    if labelled:
+        parts.append(tag("text", point.label, class_="label", x=at + 14, y=y(point.y) - 3))
     if point.chosen:
         parts.append(tag("circle", class_="ring", cx=at, cy=y(point.y), r=10))
     return tag("g", *parts)

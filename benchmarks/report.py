@@ -6,59 +6,40 @@ comes first, then what it rests on, then everything that is needed to repeat it.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 
 import yaml
 
-from benchmarks import plots, words
+from benchmarks import page, plots, words
 from benchmarks.gate import GateLine, Outcome
 from benchmarks.markup import Child, Html, join, tag
 from benchmarks.measures import METRICS, Metric, PairedRuns
 from benchmarks.record import Ladder, Record, Step, Variant
-from benchmarks.style import CSS
 from compress.files import write_file
 
 SIGNS: dict[Outcome, str] = {"pass": "✓", "fail": "✕", "undecided": "?"}
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def render(record: Record) -> str:
     """The whole page."""
-    page = tag(
-        "html",
-        tag(
-            "head",
-            tag("meta", charset="utf-8"),
-            tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-            tag("title", f"{record.title}: {_verdict_word(record)}"),
-            tag("style", Html(CSS)),
-        ),
-        tag(
-            "body",
-            tag(
-                "main",
-                _header(record),
-                _verdict(record),
-                _changes(record),
-                _gate(record),
-                _ladder(record.ladder) if record.ladder else None,
-                _variants(record) if record.variants else None,
-                _side_by_side(record),
-                _speed(record.runs) if record.runs else None,
-                _made(record),
-                _raw(record),
-            ),
-            tag(
-                "footer", f"Record {record.id or 'not written yet'}, schema version {record.version}. Made by foldaway."
-            ),
-        ),
-        lang="en",
+    return page.page(
+        f"{record.title}: {_verdict_word(record)}",
+        [
+            _header(record),
+            _verdict(record),
+            _changes(record),
+            _gate(record),
+            _ladder(record.ladder) if record.ladder else None,
+            _variants(record) if record.variants else None,
+            _side_by_side(record),
+            _speed(record.runs) if record.runs else None,
+            _made(record),
+            page.raw(record.model_dump_json()),
+        ],
+        f"Record {record.id or 'not written yet'}, schema version {record.version}. Made by foldaway.",
     )
-    return f"<!doctype html>\n{page}\n"
 
 
 def write(record: Record, path: Path) -> None:
@@ -147,7 +128,7 @@ def _gate(record: Record) -> Html:
             "otherwise it is undecided, and more runs or more text may decide it.",
             class_="note",
         ),
-        _table(
+        page.table(
             "Limits against measurements, with 95 % intervals",
             ("Metric", "Verdict", "Measured", "Limit", "Where it lies"),
             [_gate_row(line) for line in record.gates],
@@ -194,7 +175,7 @@ def _ladder(ladder: Ladder) -> Html:
                 plots.ladder(points, limit if limit is None or isfinite(limit) else None) if points else None,
                 tag("figcaption", "Bars are one standard error. The ring marks the candidate."),
             ),
-            _table(
+            page.table(
                 "Every compression that was tried",
                 ("Sparsity of blocks", "Parameters", "Perplexity", "Ratio", "Verdict"),
                 [_step_row(step) for step in ladder.steps],
@@ -248,7 +229,7 @@ def _variants(record: Record) -> Html:
         tag("h2", "What the compression did, and what the number format did"),
         tag("p", "Ratios in this table are to its first row, so that neither is credited with the other's work."),
         [tag("p", sentence) for sentence in _credits(record.variants)],
-        _table(
+        page.table(
             f"Forms of the model; ratios to {first.name}",
             ("Form", "Parameters", "Size", "Perplexity", "Decode speed", "Peak memory"),
             [_variant_row(variant, first) for variant in record.variants],
@@ -330,7 +311,7 @@ def _side_by_side(record: Record) -> Html:
     return tag(
         "section",
         tag("h2", "Side by side"),
-        _table("Medians, with 95 % intervals below", ("Metric", "Baseline", "Candidate", "Ratio"), rows),
+        page.table("Medians, with 95 % intervals below", ("Metric", "Baseline", "Candidate", "Ratio"), rows),
         _quality_table(record) if record.quality else None,
     )
 
@@ -358,7 +339,7 @@ def _quality_table(record: Record) -> Html:
             "share of positions where both would write the same next token.",
             class_="note",
         ),
-        _table(
+        page.table(
             "Perplexities with standard errors; ratios with 95 % intervals from paired windows",
             ("Second against first", "First", "Second", "Ratio", "KL, nats per token", "Top-1 agreement"),
             rows,
@@ -404,13 +385,10 @@ def _runs_figure(found: PairedRuns) -> Html:
 
 
 def _made(record: Record) -> Html:
-    machine = record.machine
-    cores = f"{machine.usable_cores} of {machine.logical_cores} hardware threads used"
-    flags = f"; {', '.join(machine.cpu_flags)}" if machine.cpu_flags else ""
     return tag(
         "section",
         tag("h2", "How it was made"),
-        _facts(
+        page.facts(
             {
                 "Dense model": record.model.name,
                 "Licence": record.model.licence or "unknown",
@@ -418,79 +396,12 @@ def _made(record: Record) -> Html:
                 "Baseline artifact": record.artifacts.get("baseline") or "none",
             }
         ),
-        [
-            join(
-                tag("h3", f"{name[:1].upper()}{name[1:]} text"),
-                _facts({key: _plain(found) for key, found in text.items()}),
-            )
-            for name, text in record.texts.items()
-        ],
+        page.texts(record.texts),
         join(tag("h3", "Recipe"), tag("pre", _yaml(record.recipe), tabindex="0")) if record.recipe else None,
-        tag("h3", "Machine"),
-        _facts(
-            {
-                "CPU": f"{machine.cpu} ({machine.architecture}{flags})",
-                "Cores": f"{machine.physical_cores or 'unknown'} physical; {cores}",
-                "Memory": words.size(machine.memory_bytes),
-                "System": f"{machine.system}, Python {machine.python}",
-                "Packages": ", ".join(f"{name} {version}" for name, version in machine.packages.items()),
-                "Commit": machine.commit or "installed as a package",
-            }
-        ),
-        join(tag("h3", "To repeat it"), tag("pre", "\n".join(record.commands), tabindex="0"))
-        if record.commands
-        else None,
+        page.machine_facts(record.machine),
+        page.to_repeat(record.commands),
     )
-
-
-def _raw(record: Record) -> Html:
-    """The record itself, so that no number is only a picture."""
-    return tag(
-        "section",
-        tag(
-            "details",
-            tag("summary", "All numbers: the record behind this page"),
-            tag("pre", json.dumps(json.loads(record.model_dump_json()), indent=2, ensure_ascii=False), tabindex="0"),
-        ),
-    )
-
-
-def _facts(facts: Mapping[str, str]) -> Html:
-    return tag("dl", [join(tag("dt", name), tag("dd", fact)) for name, fact in facts.items()], class_="facts")
-
-
-def _plain(found: object) -> str:
-    return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
 
 
 def _yaml(content: object) -> str:
     return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)).strip()
-
-
-def _table(
-    caption: str, headers: Sequence[str], rows: Sequence[Sequence[Child]], chosen: Sequence[bool] | None = None
-) -> Html:
-    """A table whose first column names the rows. It scrolls by itself where the page is narrow."""
-    marks = chosen or [False] * len(rows)
-    body = [
-        tag(
-            "tr",
-            tag("th", row[0], scope="row"),
-            [tag("td", cell, class_="number") for cell in row[1:]],
-            class_="chosen" if mark else None,
-        )
-        for row, mark in zip(rows, marks, strict=True)
-    ]
-    return tag(
-        "div",
-        tag(
-            "table",
-            tag("caption", caption),
-            tag("thead", tag("tr", [tag("th", header, scope="col") for header in headers])),
-            tag("tbody", body),
-        ),
-        class_="scroll",
-        role="region",
-        aria_label=caption,
-        tabindex="0",
-    )

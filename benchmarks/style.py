@@ -108,7 +108,7 @@ rect.base, rect.cand, circle.base, circle.cand { stroke: none; }
 .edge { stroke: var(--ink); stroke-width: 2; } .reach { stroke: var(--cand); stroke-width: 3; }
 line.limit { stroke: var(--bad); stroke-dasharray: 6 4; stroke-width: 1.5; } svg text.limit { fill: var(--bad); }
 .path { fill: none; stroke: var(--line); stroke-width: 2; }
-.error { stroke: var(--ink); stroke-width: 1.3; }
+.error { stroke: var(--ink); stroke-width: 1.3; } .lead { stroke: var(--muted); stroke-width: .8; }
 .point { stroke: var(--card); stroke-width: 1.5; } .point.dense { fill: var(--base); }
 .point.pass { fill: var(--good); }
 .point.fail { fill: var(--bad); } .point.undecided { fill: var(--unsure); }

@@ -37,6 +37,7 @@ from deploy.arguments import (
 )
 from deploy.compress_commands import add_compress, add_distill, predict_steps
 from deploy.delta_commands import add_delta, add_finetune
+from deploy.fit_command import add_fit
 
 if TYPE_CHECKING:
     from deploy.terminal import Terminal
@@ -88,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_run(commands)
     _add_suite(commands)
+    add_fit(commands)
     add_finetune(commands)
     add_delta(commands)
     _add_show(commands)

@@ -1,4 +1,4 @@
-"""What a path is, in words and in data: an artifact, an export, a delta or a record."""
+"""What a path is, in words and in data: an artifact, an export, a delta, a search or a record."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from compress.delta.checkpoint import is_delta
 from compress.delta.package import Package
 from compress.errors import ConfigError
 from compress.methods import METHODS
+from deploy import fit_record
 from deploy.deltas import summary
 from exporters.base import is_export, read_export
 
@@ -47,11 +48,13 @@ def describe(path: Path) -> tuple[str, list[str], dict[str, Any]]:
     if is_delta(path):
         description = Package(path).description
         return "delta", summary(description), json.loads(description.model_dump_json())
+    if (path / fit_record.FILE).is_file():
+        return _describe_record(path / fit_record.FILE)
     raise ConfigError(f"{path} is no artifact, export, delta or record of foldaway's")
 
 
 def _describe_record(path: Path) -> tuple[str, list[str], dict[str, Any]]:
-    """A record of a run or a benchmark, an evaluation, or a suite's table."""
+    """A record of a run, a benchmark or a search, an evaluation, or a suite's table."""
     found: Record | Evaluation | Table
     kind = records.format_of(path)
     if kind == evaluation.FORMAT:
@@ -66,6 +69,9 @@ def _describe_record(path: Path) -> tuple[str, list[str], dict[str, Any]]:
         pairs = ", ".join(f"{pair.name} ({len(pair.cells)})" for pair in deltas.pairs)
         words = [f"{deltas.title}, profile {deltas.profile}: ways to store {pairs}"]
         return "delta table", words, json.loads(deltas.model_dump_json())
+    if kind == fit_record.FORMAT:
+        search = fit_record.read(path)
+        return "search", fit_record.outcome(search), json.loads(search.model_dump_json())
     found = records.read(path)
     return "record", [found.title, *outcome(found)], json.loads(found.model_dump_json())
 
