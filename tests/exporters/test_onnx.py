@@ -154,6 +154,17 @@ def test_what_blockpruner_leaves_is_exported_exactly(model_type: str, tmp_path: 
     assert done.parameters == result.report.numbers["parameters_after"]
 
 
+@pytest.mark.parametrize("model_type", BUILDABLE)
+def test_a_model_cut_on_every_axis_is_exported_exactly(model_type: str, tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 4, "hidden_size": 40, "intermediate_size": 48, "num_attention_heads": 2}
+    cut = METHODS["minitron"].compress(tiny(model_type), token_rows(), method_config("minitron", sizes)).model
+    done = exported(cut, tmp_path / "x")
+    assert_exact(done.parity)
+    config = json.loads((done.path / "config.json").read_text())
+    assert {name: config[name] for name in sizes} == sizes
+    assert config["head_dim"] == 16
+
+
 def test_a_block_without_an_ffn_leaves_nothing_of_it_in_the_graph(tmp_path: Path) -> None:
     done = exported(without_ffn(tiny("llama"), (0, 3), (2,)), tmp_path / "x")
     graph = onnx.load(str(done.path / "model.onnx"), load_external_data=False).graph
