@@ -12,7 +12,7 @@ import torch
 from compress.calibration import TokenRows, draw, windows
 from compress.evaluate import logits_of, perplexity
 from compress.methods import METHODS, method_config
-from compress.result import CompressedModel
+from compress.result import CompressedModel, Run
 from compress.sources import Loaded, load
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "text"
@@ -84,3 +84,19 @@ def test_perplexities_are_near_those_of_a_rough_run(
     }
     assert found["2ssp"] == pytest.approx(expected, rel=0.05)
     assert found["shortgpt"] == pytest.approx(peer, rel=0.15)
+
+
+def test_a_cut_model_that_learns_from_its_parent_comes_back_a_good_part_of_the_way(dense: Loaded) -> None:
+    scored = draw("builtin", dense.tokenizer, rows=4, length=256)
+    text = windows("builtin", dense.tokenizer, length=256, count=4).tokens
+    cut = compressed(dense, "minitron", scored, intermediate_size=1024)
+    rows = draw("builtin", dense.tokenizer, rows=26, length=128)
+    options = {"learning_rate": 5e-4, "held_out": 2, "batch": 4}
+    learnt = METHODS["distill"].compress(
+        cut.model, rows, method_config("distill", options), Run(teacher=dense.model, consume=True)
+    )
+    numbers = learnt.report.numbers
+    assert numbers["held_out_after"]["divergence"] < 0.85 * numbers["held_out_before"]["divergence"]
+    before, after = (perplexity(logits_of(made), text).nll for made in (dense.model, learnt.model))
+    again = compressed(dense, "minitron", scored, intermediate_size=1024)
+    assert before < after < perplexity(logits_of(again.model), text).nll - 0.1
