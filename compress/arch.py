@@ -121,8 +121,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         requires={"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
     ),
     # Language towers that come inside a composite only.
-    "qwen2_vl_text": Architecture(),
-    "qwen2_5_vl_text": Architecture(),
+    "qwen2_vl_text": Architecture(has_head_dim=False),
+    "qwen2_5_vl_text": Architecture(has_head_dim=False),
 }
 
 
@@ -197,8 +197,15 @@ def architecture_of(config: Any) -> Architecture:
     composite = composite_of(config)
     if composite is not None:
         text = architecture_of(text_config_of(config))
-        below = text.blocks.partition(".")[2]  # the tower is the body that this path begins with in a text model
-        return dataclasses.replace(text, blocks=f"{composite.tower}.{below}")
+
+        def below(path: str) -> str:
+            """Of the tower, which is the body that a path begins with in a text model."""
+            return f"{composite.tower}.{path.partition('.')[2]}"
+
+        positions = tuple(map(below, text.position_embeddings))
+        return dataclasses.replace(
+            text, blocks=below(text.blocks), final_norm=below(text.final_norm), position_embeddings=positions
+        )
     model_type = getattr(config, "base_model_type", config.model_type)
     if model_type in NOT_SUPPORTED:
         raise UnsupportedArchitecture(f"architecture {model_type!r} is not supported: {NOT_SUPPORTED[model_type]}")

@@ -46,7 +46,7 @@ class OriginEntry(Strict):
 
 
 class TeacherEntry(Strict):
-    """The model that a step learnt from: its name as it was given, and its id where it is an artifact."""
+    """The model that a step learnt from: its name, of a path the last part, and its id where it is an artifact."""
 
     name: str
     artifact: str | None = None

@@ -86,7 +86,7 @@ class _LogitKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return upstream.to(gradient.dtype) * gradient, None, None
+        return upstream.to(gradient) * gradient, None, None
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -165,7 +165,8 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(upstream.to(gradient.dtype) * gradient for gradient in ctx.saved_tensors)
+        # A tied head may lie on another device than the last block.
+        return None, None, *(upstream.to(gradient) * gradient for gradient in ctx.saved_tensors)
 
 
 LOSSES: dict[str, Loss] = {"batch_kl": batch_kl, "mse": mse, "cosine": cosine, "feature_kl": feature_kl}

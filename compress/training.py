@@ -186,6 +186,7 @@ def _go_on(
     for i, (parameter, state) in enumerate(zip(learning, states, strict=True)):
         parameter.copy_(tensors[f"{i}"])
         moments = {name: moment.to(parameter.device) for name, moment in state.items()}
-        optimiser.state[parameter] = {"step": torch.tensor(float(place.done)), **moments}
+        step = torch.tensor(float(place.done), device=parameter.device)  # where the fused kernel wants it
+        optimiser.state[parameter] = {"step": step, **moments}
     generator.set_state(tensors["generator"])
     return place

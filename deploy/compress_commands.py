@@ -176,6 +176,7 @@ def _add_means(parser: Any) -> None:
 
 
 def _compress(arguments: argparse.Namespace) -> int:
+    from benchmarks.tasks import check as check_tasks
     from deploy.steps import check_taught
 
     model, steps, calibration = _what_to_compress(arguments)
@@ -183,6 +184,10 @@ def _compress(arguments: argparse.Namespace) -> int:
         check_taught([step.method for step in steps])
     if arguments.limit is not None and not arguments.tasks:
         raise ConfigError("--limit goes with --tasks")
+    if arguments.tasks:
+        if not any(step.set.get("depth_ranking") == "score" for step in steps):
+            raise ConfigError("--tasks are for minitron with --set depth_ranking=score: add that, or leave them out")
+        check_tasks(arguments.tasks, arguments.limit)
     return _make(arguments, model, steps, calibration)
 
 
@@ -268,7 +273,7 @@ def _what_to_compress(arguments: argparse.Namespace) -> tuple[str, list[StepSpec
         recipe = read_recipe(Path(arguments.recipe))
         if recipe.is_ladder:
             raise ConfigError(f"{arguments.recipe} lists several values to try: use foldaway run, or name one value")
-        return recipe.model, list(recipe.steps), recipe.calibration
+        return recipe.model, recipe.chains()[0], recipe.calibration
     if not arguments.model or not arguments.method:
         raise ConfigError("compress needs MODEL and --method, or --recipe; see foldaway compress --help")
     options = assignments(arguments.set)
@@ -353,8 +358,7 @@ def add_distill(commands: Any) -> None:
 
 def _distill(arguments: argparse.Namespace) -> int:
     from compress.methods import method_config
-    from deploy.recipe import CalibrationSpec, StepSpec
-    from deploy.steps import DISTILL
+    from deploy.recipe import DISTILL, CalibrationSpec, StepSpec
 
     options = assignments(arguments.set)
     method_config(DISTILL, options)

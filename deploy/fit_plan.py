@@ -19,10 +19,9 @@ from compress.text import text_hash
 from deploy.fit_record import amount, axis, describe_candidate
 from deploy.grid import Grid, Space
 from deploy.measured import header_bytes
-from deploy.recipe import CalibrationSpec, EvaluationSpec
+from deploy.recipe import DISTILL, CalibrationSpec, EvaluationSpec
 from deploy.ruler import Ruler, Size, Target, size_of
 from deploy.search import Candidate, Mildest, Source, method_kind
-from deploy.steps import DISTILL
 
 CONTEXT = 2048
 """Tokens in the cache, where none are asked for and the model has room for so many."""

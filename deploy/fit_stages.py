@@ -31,10 +31,10 @@ from compress.surgery import clone
 from deploy.fit_plan import Plan
 from deploy.fit_record import DENSE, Judged, Made, Measured, in_turns, measured
 from deploy.measured import latencies, points_of_line, resident, stored_bytes
-from deploy.recipe import StepSpec
+from deploy.recipe import DISTILL, StepSpec
 from deploy.ruler import Ruler, Size, fit_line
 from deploy.search import Candidate
-from deploy.steps import DISTILL, compress_model, evaluation_windows
+from deploy.steps import compress_model, evaluation_windows
 from deploy.workspace import Workspace, digest
 from exporters.base import installed_versions
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import operator
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +22,16 @@ from benchmarks.quality import quality
 from benchmarks.record import Ladder, Record, Variant
 from compress import artifact, budget
 from compress.calibration import TokenRows, context_length_of
+from compress.errors import ConfigError
 from compress.evaluate import Perplexity, logits_of, perplexity
 from compress.result import Progress
 from compress.sources import Loaded, fingerprint, load, skeleton
 from compress.text import text_hash
 from deploy.bench import all_runs, model_of, now
 from deploy.comparison import Measured, measure
-from deploy.recipe import Recipe, StepSpec
+from deploy.recipe import DISTILL, Recipe, StepSpec
 from deploy.sides import form_of, open_side
-from deploy.steps import CHECK_TOKENS, DISTILL, compress_model, evaluation_windows
+from deploy.steps import CHECK_TOKENS, compress_model, evaluation_windows, try_on_shapes
 from deploy.workspace import Workspace
 from exporters import export
 from exporters.base import installed_versions
@@ -62,6 +64,12 @@ class Pipeline:
             "calibration": text_hash(recipe.calibration.source, "calibration"),
             "evaluation": text_hash(recipe.evaluation.source, "evaluation"),
         }
+        for step in recipe.steps:
+            learnt = text_hash((step.calibration or recipe.calibration).source, "calibration")
+            if learnt == self.text_hashes["evaluation"]:
+                raise ConfigError(f"{step.method}: a model is not judged on the text that it was calibrated on")
+        for chain in recipe.chains():
+            try_on_shapes(skeleton(recipe.model), chain, recipe.calibration)
         self.work = Workspace(root)  # last: a mistake leaves nothing behind
         self.candidate_path = root
         self._loaded: Loaded | None = None
@@ -122,6 +130,9 @@ class Pipeline:
             # The dense model serves every rung; a model in between is loaded for this step alone.
             consume = parent != self.recipe.model
             loaded = load(parent) if consume else self._dense()
+            scratch = self.work.root / "scratch"
+            if step.method == DISTILL:
+                scratch /= path.name  # large, and of no use to other stages
             compress_model(
                 loaded,
                 [step],
@@ -130,9 +141,11 @@ class Pipeline:
                 device=self.device,
                 progress=self.progress,
                 consume=consume,
-                scratch=self.work.root / "scratch",
+                scratch=scratch,
                 teacher=self._dense() if distils else None,
             )
+            if step.method == DISTILL:
+                shutil.rmtree(scratch, ignore_errors=True)
 
         return self.work.folder(stage, inputs, make)
 
@@ -267,7 +280,7 @@ class Pipeline:
             quality=self._qualities(against_dense, measured, form),
             runs=all_runs(measured),
             recipe=self.recipe.model_dump(mode="json"),
-            texts={"calibration": dict(self._step_of(chosen).calibration or {}), "evaluation": rows.record()},
+            texts={**self._looked_at(chosen), "evaluation": rows.record()},
             commands=(command,),
             machine=machine(),
         )
@@ -283,6 +296,14 @@ class Pipeline:
         """What the step did of which several values are tried."""
         return rung.manifest.steps[-1 - self._behind]
 
+    def _looked_at(self, rung: _Rung) -> dict[str, dict[str, Any]]:
+        """The calibration rows of the tried step, and by their methods those of the steps behind it."""
+        behind = rung.manifest.steps[len(rung.manifest.steps) - self._behind :]
+        return {
+            "calibration": dict(self._step_of(rung).calibration or {}),
+            **{step.method: dict(step.calibration or {}) for step in behind},
+        }
+
     def _ladder(self, dense: Perplexity, counts: budget.Counts, rungs: list[_Rung], chosen: _Rung, form: str) -> Ladder:
         ratios = [limit.max_ratio for limit in self._quality_limits() if limit.max_ratio is not None]
         first = records.Step(
@@ -295,7 +316,7 @@ class Pipeline:
             perplexity_standard_error=_finite(dense.standard_error),
             perplexity_ratio=1.0,
         )
-        steps = [_ladder_step(rung, self._step_of(rung), dense, rung is chosen) for rung in rungs]
+        steps = [_ladder_step(rung, self._step_of(rung), dense, counts, rung is chosen) for rung in rungs]
         return Ladder(form, min(ratios, default=None), (first, *steps))
 
 
@@ -304,14 +325,16 @@ def _methods(recipe: Recipe) -> str:
     return " and ".join(step.method for step in recipe.steps[recipe.rung :])
 
 
-def _ladder_step(rung: _Rung, step: artifact.Step, dense: Perplexity, chosen: bool) -> records.Step:
-    numbers = step.numbers
+def _ladder_step(
+    rung: _Rung, step: artifact.Step, dense: Perplexity, counts: budget.Counts, chosen: bool
+) -> records.Step:
+    parameters = rung.manifest.parameters
     return records.Step(
-        sparsity=numbers["sparsity_wanted"],
+        sparsity=step.numbers["sparsity_wanted"],
         artifact=rung.manifest.id,
-        parameters=rung.manifest.parameters["total"],
-        block_sparsity=numbers["sparsity_of_blocks"],
-        model_sparsity=numbers["sparsity_of_model"],
+        parameters=parameters["total"],
+        block_sparsity=1 - parameters["blocks"] / counts.blocks,
+        model_sparsity=1 - parameters["total"] / counts.total,
         perplexity=rung.perplexity.value,
         perplexity_standard_error=_finite(rung.perplexity.standard_error),
         perplexity_ratio=rung.perplexity.value / dense.value,

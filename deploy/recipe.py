@@ -38,6 +38,10 @@ PROMPTS = (
 """Sent to both servers, unless a recipe has its own."""
 
 
+DISTILL = "distill"
+"""The method that learns, behind other steps, from the model that the first of them was applied to."""
+
+
 class CalibrationSpec(Strict):
     """The rows that methods look at."""
 
@@ -124,6 +128,9 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _steps_can_be_run(self) -> Recipe:
+        first = self.steps[0]
+        if first.method == DISTILL and not first.set.get("next_token"):
+            raise ValueError("step 1: distill learns from the model that the recipe begins with: put a step before it")
         for place, step in enumerate(self.steps, start=1):
             lists = step.ladders()
             others = [name for other in self.steps[: place - 1] for name in other.ladders()]
@@ -149,9 +156,10 @@ class Recipe(Strict):
 
     @property
     def rung(self) -> int:
-        """The place of the step of which several values are tried; the last step where there is none."""
-        places = [place for place, step in enumerate(self.steps) if step.ladders()]
-        return places[0] if places else len(self.steps) - 1
+        """The place of the step of which several values are tried; where there is none, of the last that cuts."""
+        ladders = [place for place, step in enumerate(self.steps) if step.ladders()]
+        cuts = [place for place, step in enumerate(self.steps) if step.method != DISTILL]
+        return (ladders or cuts[-1:] or [0])[0]
 
     def chains(self) -> list[list[StepSpec]]:
         """All steps with one value each, once for every value that is to be tried."""

@@ -11,17 +11,15 @@ from compress import artifact
 from compress.arch import composite_of
 from compress.artifact import Step, TeacherEntry
 from compress.calibration import TokenRows, draw, windows
-from compress.device import put, take_back
+from compress.device import AUTO, put, take_back
 from compress.errors import ConfigError
 from compress.layout import layout_of
 from compress.methods import METHODS, method_config
 from compress.result import Progress, Run
 from compress.sources import Loaded
 from compress.surgery import without_weights
-from deploy.recipe import CalibrationSpec, EvaluationSpec, StepSpec
+from deploy.recipe import DISTILL, CalibrationSpec, EvaluationSpec, StepSpec
 
-DISTILL = "distill"
-"""The method whose teacher, behind other steps, is the model that the first of them was applied to."""
 CHECK_TOKENS = 128
 """Tokens that every export is checked on, whole and one by one."""
 
@@ -62,7 +60,7 @@ def compress_model(
             weights where a method would change those of single ones.
     """
     if composite_of(loaded.model.config) is not None or layout_of(loaded.model).kind == "shared" or len(steps) > 1:
-        _try_on_shapes(loaded.model, steps, calibration)
+        try_on_shapes(without_weights(loaded.model), steps, calibration)
     if teacher is not None:
         check_taught([step.method for step in steps])
         _check_tokenizers(loaded, teacher)
@@ -70,6 +68,8 @@ def compress_model(
     origin, taken, parent = artifact.ancestry(loaded)
     model = loaded.model
     distils = any(step.method == DISTILL for step in steps[1:]) and teacher is None
+    if distils and device == AUTO:
+        raise ConfigError("distill behind other steps takes one device: give one, or distil the result afterwards")
     for place, step in enumerate(steps):
         method, config, drawn = step.method, method_config(step.method, step.set), step.calibration or calibration
         inputs_go_to = put(model, device)
@@ -83,6 +83,8 @@ def compress_model(
             progress=progress,
         )
         learns_from = loaded if distils and place and method == DISTILL else teacher
+        if not METHODS[method].learns_from_teacher:
+            learns_from = None
         run = Run(
             progress,
             inputs_go_to,
@@ -122,9 +124,14 @@ def _check_tokenizers(loaded: Loaded, teacher: Loaded) -> None:
         raise ConfigError(f"{teacher.origin.name} has another tokenizer than {loaded.origin.name}: it cannot teach it")
 
 
-def _try_on_shapes(model: PreTrainedModel, steps: Sequence[StepSpec], calibration: CalibrationSpec) -> None:
-    """Let a method refuse a model before the work of the methods before it is done."""
-    shape = without_weights(model)
+def try_on_shapes(shape: PreTrainedModel, steps: Sequence[StepSpec], calibration: CalibrationSpec) -> None:
+    """Let a method refuse a model before the work of the methods before it is done.
+
+    Args:
+        shape: the model on the meta device; cut in place.
+        steps: that will be taken.
+        calibration: of those that have none of their own.
+    """
     for step in steps:
         rows = (step.calibration or calibration).rows
         METHODS[step.method].outline(shape, rows, method_config(step.method, step.set))

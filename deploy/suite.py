@@ -518,7 +518,9 @@ class SuiteRun:
             dumped: dict[str, Any] = CELL.dump_python(self._compute(job, progress), mode="json")
             return dumped
 
-        return CELL.validate_python(self.work.result(*self._stage(job), compute))
+        found = CELL.validate_python(self.work.result(*self._stage(job), compute))
+        shutil.rmtree(self._lesson_path(job), ignore_errors=True)
+        return found
 
     def _compute(self, job: _Job, progress: Progress) -> Cell:
         seconds, rows, numbers, distilled = None, None, {}, None
@@ -571,7 +573,7 @@ class SuiteRun:
         run = Run(
             progress=progress,
             device=self.device,
-            scratch=self.root / "scratch",
+            scratch=self._lesson_path(job),
             consume=True,
             teacher=teacher.model,
         )
@@ -585,6 +587,10 @@ class SuiteRun:
             before,
             tuple(numbers["losses"]),
         )
+
+    def _lesson_path(self, job: _Job) -> Path:
+        """What a lesson that was stopped leaves: large, and of no use to other cells."""
+        return self.root / "scratch" / f"lesson-{job.name}-{digest(self._inputs(job))}"
 
     def _save(self, job: _Job, loaded: Loaded) -> None:
         """Keep the model of a cell that is exported."""

@@ -58,7 +58,8 @@ class DistillConfig:
     Attributes:
         epochs: how often all calibration rows are taken, less those held out.
         batch: rows a step; a divisor of the rows that are learnt from.
-        accumulate: parts that a step is taken in, one after the other, for less memory; a divisor of ``batch``.
+        accumulate: parts that a step is taken in, one after the other, for less memory; a divisor of ``batch``. The
+            weight of hidden states is that of each part.
         learning_rate: the highest, after warm-up; it falls along a cosine to zero.
         warmup: share of the steps over which it rises first.
         clip: the largest norm of all gradients together.
@@ -107,6 +108,9 @@ class DistillConfig:
             check_weight(name, getattr(self, name))
         if not self.distil and not self.next_token:
             raise ConfigError("distil and next_token are both 0: there is nothing to learn from")
+        for name, plain in {"top_tokens": 0, "correction_epochs": 0, "temperature": 1.0}.items():
+            if not self.distil and getattr(self, name) != plain:
+                raise ConfigError(f"{name} is about the teacher's predictions, which distil=0 leaves out: give one")
         check_flag("intermediate", self.intermediate)
         for name in ("correction_epochs", "top_tokens", "held_out"):
             check_whole(name, getattr(self, name), 0)
@@ -136,6 +140,8 @@ def compress(
     """
     run = run or Run()
     check_text_model(model.config, "distillation")
+    if run.teacher is not None:
+        check_text_model(run.teacher.config, "distillation")
     rows = learnt_rows(len(calibration.tokens), config)
     student, counts = (model if run.consume else _copy(model)), budget.count(model)
     teacher = _copy(model) if run.teacher is None else run.teacher
@@ -152,6 +158,7 @@ def compress(
 
 def outline(model: PreTrainedModel, rows: int, config: DistillConfig) -> float:
     """No shape changes; returns about how many forward passes of the student `compress` takes, for a like teacher."""
+    check_text_model(model.config, "distillation")
     learnt = learnt_rows(rows, config)
     return config.epochs * 4.0 * learnt + config.correction_epochs * 3.0 * learnt + 4.0 * config.held_out
 
@@ -163,7 +170,10 @@ def memory(model: PreTrainedModel, rows: int, length: int, config: DistillConfig
     width: int = counts.blocks // (len(decoder) * decoder.config.hidden_size)  # numbers a token makes in a block
     activations: int = 4 * tokens * len(decoder) * (8 * decoder.config.hidden_size + width)
     logits: int = 5 * 4 * CHUNK_TOKENS * decoder.config.vocab_size
-    return 16 * counts.total + 2 * counts.total * model.dtype.itemsize + activations + logits
+    teacher = 2 * counts.total
+    lesson = 16 * counts.total + teacher * model.dtype.itemsize * (2 if config.correction_epochs else 1)
+    correction = 16 * teacher + teacher * model.dtype.itemsize + 4 * counts.total if config.correction_epochs else 0
+    return max(lesson, correction) + activations + logits
 
 
 def learnt_rows(rows: int, config: DistillConfig) -> int:
@@ -208,7 +218,7 @@ class _Lesson:
         self.student, self.teacher = Decoder(student), Decoder(teacher)
         self.tokens, self.rows, self.config, self.run = tokens, rows, config, run
         self.learning = _parameters(student)
-        self.map = _map(self.student, self.teacher, config) if config.intermediate else None
+        self.map = _map(self.student, self.teacher, config, run.device) if config.intermediate else None
         self.kept_predictions: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
         self.temporary: tempfile.TemporaryDirectory[str] | None = None
 
@@ -225,6 +235,7 @@ class _Lesson:
             self._loss,
             config.epochs,
             "distillation",
+            self._identity(self.student, f"{config} {self._identity(self.teacher, 'teacher')}"),
         )
         after = self._judge()
         return {
@@ -247,14 +258,15 @@ class _Lesson:
         )
 
     def _optimise(
-        self, groups: Sequence[Group], loss: Callable[[Tensor, int], Tensor], epochs: int, what: str
+        self, groups: Sequence[Group], loss: Callable[[Tensor, int], Tensor], epochs: int, what: str, identity: str
     ) -> Learnt:
+        """Run the loop; its state is kept under the name of what is done and of all that it depends on."""
         config, kept = self.config, None
         learning = [parameter for group in groups for parameter in group.parameters]
         for parameter in learning:
             parameter.requires_grad_()
         if self.run.scratch is not None:
-            kept = self.run.scratch / f"{what.replace(' ', '-')}-{self._identity(what)}.safetensors"
+            kept = self.run.scratch / f"{what.replace(' ', '-')}-{identity}.safetensors"
         try:
             return optimise(
                 groups,
@@ -296,9 +308,12 @@ class _Lesson:
             if self.map is None:
                 return value
             pairs = zip(ours, theirs, strict=True)
-            intermediate = sum((cosine(self.map(wide(o)), t.to(o.device)) for o, t in pairs), value.new_zeros(()))
+            here = self.run.device
+            apart = [cosine(self.map(wide(o).to(here)), t.to(here)).to(value.device) for o, t in pairs]
+            intermediate = torch.stack(apart).sum()
             alpha = value.detach() / intermediate.detach().clamp_min(torch.finfo(value.dtype).eps)
-            return value + alpha * intermediate
+            # Balanced with the rest it says nothing of its own: it gives a gradient, and no part of the loss's value.
+            return value + alpha * (intermediate - intermediate.detach())
 
     def _pass(self, decoder: Decoder, rows: Tensor) -> tuple[list[Tensor], Tensor]:
         """The normed states that are compared, and what leaves the last block."""
@@ -312,7 +327,12 @@ class _Lesson:
         """Norms behind the embeddings, and behind the last block but two."""
         if self.map is None:
             return []
-        return [submodule(decoder.blocks[b].module, decoder.arch.attention_norms[0]) for b in (0, len(decoder) - 2)]
+        norms = []
+        for block in (decoder.blocks[0], decoder.blocks[-2]):
+            # Where an attention was removed, what enters the block goes to its FFN's norm.
+            first = block.arch.ffn_norms if block.attention is None else block.arch.attention_norms
+            norms.append(submodule(block.module, first[0]))
+        return norms
 
     @torch.no_grad()
     def _teacher(self, rows: Tensor) -> tuple[list[Tensor], Callable[[Tensor, int], Tensor]]:
@@ -369,7 +389,16 @@ class _Lesson:
                 )
 
         groups = _groups(learning, self.config.correction_lr, self.config.weight_decay)
-        learnt = self._optimise(groups, loss, self.config.correction_epochs, "correction of the teacher")
+        # Whatever the student: every one of them may take this teacher over.
+        matters = ("batch", "accumulate", "warmup", "clip", "weight_decay", "precision", "seed")
+        options = {name: getattr(self.config, name) for name in ("correction_epochs", "correction_lr", *matters)}
+        learnt = self._optimise(
+            groups,
+            loss,
+            self.config.correction_epochs,
+            "correction of the teacher",
+            self._identity(self.teacher, f"{options} {self.rows}"),
+        )
         _own_weights(teacher, dtype)
         return learnt.resumed_seconds
 
@@ -379,7 +408,8 @@ class _Lesson:
         if scratch is None:
             self.temporary = tempfile.TemporaryDirectory()  # as long as the lesson
             scratch = Path(self.temporary.name)
-        folder = scratch / f"teacher-{self._identity('top tokens')}"
+        options = (self.config.top_tokens, self.config.temperature, self.config.precision, self.rows)
+        folder = scratch / f"teacher-{self._identity(self.teacher, f'top tokens {options}')}"
         slices = list(parts(self.rows, self.tokens.shape[1]))
         files = {part.start: folder / f"{part.start:08}.safetensors" for part in slices}
         for part in slices:
@@ -437,13 +467,11 @@ class _Lesson:
                     )
         return {name: total / max(1, self.config.held_out) for name, total in found.items()}
 
-    def _identity(self, what: str) -> str:
-        """Of work that can be taken over: what for, on which rows, by which models."""
+    def _identity(self, decoder: Decoder, what: str) -> str:
+        """Of work on a model that can be taken over: what for, and on which rows."""
         with torch.no_grad():
-            seen = [
-                block_inputs(each, self.tokens[:1].to(self.run.device))[-1] for each in (self.teacher, self.student)
-            ]
-        return identity(self.student, f"{what} {self.config}", [self.tokens, *seen])
+            seen = block_inputs(decoder, self.tokens[:1].to(self.run.device))[-1]
+        return identity(decoder, what, [self.tokens, seen])
 
 
 def _parameters(model: PreTrainedModel) -> list[nn.Parameter]:
@@ -465,7 +493,7 @@ def _groups(parameters: Sequence[nn.Parameter], rate: float, weight_decay: float
     ]
 
 
-def _map(student: Decoder, teacher: Decoder, config: DistillConfig) -> nn.Module:
+def _map(student: Decoder, teacher: Decoder, config: DistillConfig, device: str) -> nn.Module:
     """One map from the student's hidden channels to the teacher's, for all states; none where they are as many.
 
     Source: Muralidharan et al. 2024, section 3 (one shared linear transformation).
@@ -473,7 +501,7 @@ def _map(student: Decoder, teacher: Decoder, config: DistillConfig) -> nn.Module
     ours, theirs = student.config.hidden_size, teacher.config.hidden_size
     if ours == theirs:
         return nn.Identity()
-    mapped = nn.Linear(ours, theirs, bias=False, device=student.model.device)
+    mapped = nn.Linear(ours, theirs, bias=False, device=device)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(config.seed)
         mapped.weight.copy_(torch.randn(theirs, ours, generator=generator) * ours**-0.5)

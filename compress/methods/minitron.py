@@ -177,11 +177,13 @@ def outline(model: PreTrainedModel, rows: int, config: MinitronConfig) -> float:
     if target == start:
         return 0.0
     blocks, goes = start.num_hidden_layers, start.num_hidden_layers - target.num_hidden_layers
-    passes: float = rows * (config.rounds + (config.norm_compensation and target.hidden_size != start.hidden_size))
-    if goes and config.depth_ranking not in ("block_influence", "score"):
-        passes += scoring_rows(config, rows) * blocks / 2
+    passes: float = rows * (1 + (config.norm_compensation and target.hidden_size != start.hidden_size))
+    if goes and config.depth_ranking in ("macro_influence", "loss"):
+        passes += scoring_rows(config, rows) * (1 + blocks / 2)
+    elif goes and config.depth_ranking == "block_influence" and config.contiguous:
+        passes += scoring_rows(config, rows)
     resize(model, target)
-    return passes
+    return passes * config.rounds
 
 
 # --- The shape
@@ -208,6 +210,17 @@ def target_shape(model: PreTrainedModel, config: MinitronConfig) -> Shape:
         )
     if not config.sparsity:
         return shape
+    if config.cut in ("width", "hidden"):
+        if composite_of(model.config) is not None:
+            raise ConfigError(
+                f"cut={config.cut} cuts channels, of which a vision-language model's image features have as many: give "
+                "cut=ffn or cut=depth"
+            )
+        if heads_follow(decoder) and config.num_attention_heads is not None:
+            raise ConfigError(
+                f"cut={config.cut} is to find num_attention_heads, which follow the channels in this architecture: "
+                "leave it out, or give cut=ffn or cut=depth"
+            )
     counter = Counter(model)
     wanted = round((1 - config.sparsity) * counter.of_blocks(start))
     have = counter.of_blocks(shape)
@@ -235,6 +248,8 @@ def _check_size(decoder: Decoder, start: Shape, name: str, size: int, divisor: i
     """Refuse a size that the model cannot be cut to, with the nearest that it can."""
     whole = getattr(start, name)
     step = unit_of(decoder, name, divisor)
+    if name == "hidden_size" and size != whole and composite_of(decoder.model.config) is not None:
+        raise ConfigError("hidden_size: a vision-language model's image features have as many; cut neurons or blocks")
     if size > whole:
         raise ConfigError(f"{name}={size} is more than the {whole} that the model has: nothing is added, only cut")
     if size != whole and size % step:
@@ -243,8 +258,6 @@ def _check_size(decoder: Decoder, start: Shape, name: str, size: int, divisor: i
             name, f"sizes are to be multiples of {step}"
         )
         raise ConfigError(f"{name}={size}: {why}; the nearest are {' and '.join(map(str, dict.fromkeys(near)))}")
-    if name == "hidden_size" and size != whole and composite_of(decoder.model.config) is not None:
-        raise ConfigError("hidden_size: a vision-language model's image features have as many; cut neurons or blocks")
 
 
 def _nearest_channels(decoder: Decoder, shape: Shape, config: MinitronConfig) -> str:
@@ -281,8 +294,8 @@ def _solve(decoder: Decoder, counter: Counter, shape: Shape, wanted: int, config
         """The one nearest to what is wanted; the budget must lie within a unit of it."""
         if not shapes or counter.of_blocks(min(shapes, key=counter.of_blocks)) > wanted:
             raise BudgetError(
-                f"sparsity {config.sparsity} cannot be reached by cut={config.cut} alone: lower it, or give sizes on "
-                "other axes as well"
+                f"sparsity {config.sparsity} cannot be reached by cut={config.cut} alone, with what the architecture's "
+                "config can say: lower it, give another cut, or sizes on other axes as well"
             )
         return min(shapes, key=lambda each: (abs(counter.of_blocks(each) - wanted), each))
 

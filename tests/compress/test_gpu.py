@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compress.sources import load
-from deploy.recipe import CalibrationSpec
+from deploy.recipe import CalibrationSpec, StepSpec
 from deploy.steps import compress_model
 from tests.conftest import ARCHITECTURES, byte_tokenizer, tiny
 
@@ -17,6 +17,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "2ssp": {},
     "shortgpt": {},
     "fusegpt": {"window": 4, "batch": 2, "epochs": 1, "coefficient_rank": 2, "lora_rank": 2},
+    "minitron": {"cut": "depth"},
     "foldgpt": {"group": 1, "gate_steps": 2, "batch": 1, "held_out": 1, "lora_rank": 2},
 }
 
@@ -32,7 +33,7 @@ def test_a_gpu_makes_the_artifact_that_the_cpu_makes(model_type: str, method: st
     made = {}
     for place in ("cpu", device):
         loaded = load(str(tmp_path / "dense"))
-        steps = [(method, {"sparsity": 0.4, **OPTIONS[method]})]
+        steps = [StepSpec(method=method, set={"sparsity": 0.4, **OPTIONS[method]})]
         calibration = CalibrationSpec(rows=2, length=32)
         out = tmp_path / place
         made[place] = compress_model(

@@ -877,3 +877,16 @@ def test_the_reference_knows_every_architecture_and_nothing_of_the_library() -> 
     theirs = {field.name: field.default for field in dataclasses.fields(reference.Settings)}
     assert theirs == {name: ours[name] for name in theirs}
     assert set(ours) - set(theirs) == {"sparsity", "cut", "divisor"}
+
+
+def test_scores_are_kept_for_further_shapes_of_the_same_model(tmp_path: Path) -> None:
+    first = compress(tiny("llama"), Run(scratch=tmp_path), intermediate_size=40)
+    second = compress(tiny("llama"), Run(scratch=tmp_path), hidden_size=48)
+    fresh = compress(tiny("llama"), hidden_size=48)
+    assert fingerprint(second.model) == fingerprint(fresh.model)
+    assert second.report.numbers["block_forwards"] < first.report.numbers["block_forwards"]
+    other = compress(tiny("llama"), Run(scratch=tmp_path), hidden_size=48, batch_aggregator="mean")
+    assert fingerprint(other.model) == fingerprint(
+        compress(tiny("llama"), hidden_size=48, batch_aggregator="mean").model
+    )
+    assert len(list(tmp_path.iterdir())) == 2

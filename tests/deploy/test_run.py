@@ -137,6 +137,50 @@ def test_every_rung_learns_from_the_dense_model_and_is_judged_after_it(dense: Pa
     assert len(list((tmp_path / "run").glob("artifact-2ssp-*"))) == 2
 
 
+def test_a_recipe_without_values_to_try_tells_of_what_was_cut(dense: Path, tmp_path: Path) -> None:
+    recipe = yaml.safe_load(recipe_file(tmp_path, dense).read_text())
+    cut = {"method": "2ssp", "set": {"sparsity": 0.3}}
+    lesson = {"method": "distill", "set": {"batch": 2, "precision": "fp32"}, "calibration": {"rows": 2, "length": 32}}
+    file = tmp_path / "plain.yaml"
+    file.write_text(yaml.safe_dump({**recipe, "steps": [cut, lesson]}))
+    assert main(["run", str(file), "-o", str(tmp_path / "run")]) == 0
+    record = records.read(tmp_path / "run" / "record.json")
+    assert record.ladder is not None
+    (step,) = record.ladder.steps[1:]
+    assert step.sparsity == 0.3
+    assert step.block_sparsity == pytest.approx(0.3, abs=0.03)
+    assert step.model_sparsity == pytest.approx(1 - step.parameters / record.ladder.steps[0].parameters)
+    assert "sparsity=0.3 by 2ssp and distill" in record.title
+    assert record.texts["distill"]["rows"] == 2
+    assert not list((tmp_path / "run" / "scratch").glob("**/distillation-*"))
+
+
+@pytest.mark.parametrize(
+    ("steps", "word"),
+    [
+        ([{"method": "distill"}], "put a step before it"),
+        ([{"method": "2ssp", "set": {"sparsity": 0.2}}, {"method": "distill"}], "do not fill batches"),
+        (
+            [
+                {"method": "2ssp", "set": {"sparsity": 0.2}},
+                {"method": "distill", "set": {"batch": 1}, "calibration": {"source": "/nowhere.txt"}},
+            ],
+            "/nowhere.txt",
+        ),
+        ([{"method": "2ssp", "set": {"sparsity": [0.2]}}, {"method": "wanda", "set": {"sparsity": [0.2]}}], "one step"),
+    ],
+)
+def test_a_mistake_in_a_later_step_is_found_before_anything_is_done(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: list[dict[str, Any]], word: str
+) -> None:
+    recipe = yaml.safe_load(recipe_file(tmp_path, dense).read_text())
+    file = tmp_path / "wrong.yaml"
+    file.write_text(yaml.safe_dump({**recipe, "steps": steps}))
+    assert main(["run", str(file), "-o", str(tmp_path / "run")]) == 2
+    assert word in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_text_that_changed_is_noticed(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOLDAWAY_API_KEY", "a key that only the user's own server asks for")
     recipe = recipe_file(tmp_path, dense, sparsity=(0.2,))
