@@ -93,7 +93,7 @@ class TokenRows:
         if self.recorded is not None:
             raise ConfigError(
                 "this method calibrates on text only, and these rows were recorded with images: draw rows of text, or "
-                "take a method that can use them (fusegpt, shortgpt, window)"
+                "take a method that can use them (fusegpt, minitron, shortgpt, window)"
             )
         return self.tokens
 

@@ -125,7 +125,11 @@ BY_BLOCK: dict[str, dict[str, Any]] = {
     "window": {"sparsity": 0.3},
     "sleb": {"sparsity": 0.3},
 }
-BY_NEURON = {"magnitude": {"sparsity": 0.3}, "wanda": {"sparsity": 0.3}}
+BY_NEURON = {
+    "magnitude": {"sparsity": 0.3},
+    "wanda": {"sparsity": 0.3},
+    "minitron": {"sparsity": 0.3, "cut": "ffn", "divisor": 1},
+}
 PLAIN: dict[str, dict[str, Any]] = {**BY_BLOCK, **BY_NEURON}
 RAGGED: dict[str, dict[str, Any]] = {
     "2ssp": {"sparsity": 0.5, "alpha": 1.0},
@@ -645,6 +649,23 @@ def test_a_method_calibrates_on_images(method: str, name: str) -> None:
     rows = record(model, [pictures(name, rows=4)])
     seen, blind = run(method, model, rows), run(method, model, TokenRows(rows.tokens, "tokens", "0" * 64, 0))
     assert seen.report.numbers[RECORDED[method]] != blind.report.numbers[RECORDED[method]]
+
+
+def test_minitron_scores_on_images_and_leaves_channels_as_they_are(name: str) -> None:
+    model = tiny(name)
+    rows = record(model, [pictures(name, rows=4)])
+    sizes = {"sparsity": 0, "num_hidden_layers": len(Decoder(model)) - 1}
+    seen, blind = (
+        run("minitron", model, each, **sizes) for each in (rows, TokenRows(rows.tokens, "tokens", "0" * 64, 0))
+    )
+    assert seen.report.numbers["block_scores"] != blind.report.numbers["block_scores"]
+    for options, words in (
+        ({"cut": "width"}, "cut=ffn or cut=depth"),
+        ({"cut": "hidden"}, "cut=ffn or cut=depth"),
+        ({"sparsity": 0, "hidden_size": 48}, "image features"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run("minitron", model, **options)
 
 
 def test_neighbours_learn_from_images_what_the_removed_block_did_with_them(name: str) -> None:
