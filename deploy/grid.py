@@ -20,9 +20,9 @@ from compress.arch import composite_of
 from compress.decoder import Decoder
 from compress.errors import ConfigError
 from compress.methods import METHODS, method_config
-from compress.methods.minitron import unit_of
 from compress.options import check_share
 from compress.shape import NAMES, Counter, Shape, has_words, heads_follow, shape_of
+from compress.sizes import unit_of
 from compress.surgery import without_weights
 from deploy.ruler import Size
 from deploy.search import Candidate, Source

@@ -32,10 +32,9 @@ from transformers import PreTrainedModel
 
 from compress import budget
 from compress.activations import block_inputs
-from compress.arch import composite_of
 from compress.calibration import TokenRows
 from compress.decoder import Decoder, Projection
-from compress.errors import BudgetError, ConfigError
+from compress.errors import ConfigError
 from compress.files import new_file
 from compress.gating import BlockForwards
 from compress.importance import AGGREGATORS, Importance, importance, kept_energy
@@ -44,7 +43,8 @@ from compress.options import check_flag, check_known, check_share, check_whole
 from compress.ranking import lowest_indices, top_indices
 from compress.result import CompressedModel, Report, Run
 from compress.resume import identity
-from compress.shape import NAMES, Counter, Shape, has_words, heads_follow, resize, shape_of
+from compress.shape import NAMES, Shape, heads_follow, resize, shape_of
+from compress.sizes import CUTS, target_shape
 from compress.surgery import (
     clone,
     conform,
@@ -56,8 +56,6 @@ from compress.surgery import (
     slice_heads,
     without_weights,
 )
-
-CUTS = ("width", "ffn", "hidden", "depth")
 
 
 @dataclass(frozen=True)
@@ -116,18 +114,10 @@ class MinitronConfig:
         check_whole("rounds", self.rounds, 1)
         check_flag("head_residual", self.head_residual)
         check_flag("norm_compensation", self.norm_compensation)
-        if self.sparsity and (named := [name for name in _SPENT[self.cut] if getattr(self, name) is not None]):
+        if self.sparsity and (named := [name for name in CUTS[self.cut] if getattr(self, name) is not None]):
             raise ConfigError(
                 f"cut={self.cut} is to find {named[0]}, which is given: give another cut, or leave it out"
             )
-
-
-_SPENT = {
-    "width": ("hidden_size", "intermediate_size"),
-    "ffn": ("intermediate_size",),
-    "hidden": ("hidden_size",),
-    "depth": ("num_hidden_layers",),
-}
 
 
 def compress(
@@ -149,7 +139,7 @@ def compress(
     Source: Muralidharan et al. 2024, sections 2.1 to 2.3 (single shot); Sreenivas et al. 2024 for runs of blocks.
     """
     run = run or Run()
-    start, target = shape_of(model), target_shape(model, config)
+    start, target = shape_of(model), target_shape(model, _given(config), config.sparsity, config.cut, config.divisor)
     _check(start, target, calibration, config, run)
     if target != start:
         resize(without_weights(model), target)  # refuses what the architecture has no words for
@@ -173,7 +163,7 @@ def compress(
 
 def outline(model: PreTrainedModel, rows: int, config: MinitronConfig) -> float:
     """Cut ``model`` in place to the shape that `compress` gives it; returns the forward passes `compress` takes."""
-    start, target = shape_of(model), target_shape(model, config)
+    start, target = shape_of(model), target_shape(model, _given(config), config.sparsity, config.cut, config.divisor)
     if target == start:
         return 0.0
     blocks, goes = start.num_hidden_layers, start.num_hidden_layers - target.num_hidden_layers
@@ -189,134 +179,9 @@ def outline(model: PreTrainedModel, rows: int, config: MinitronConfig) -> float:
 # --- The shape
 
 
-def target_shape(model: PreTrainedModel, config: MinitronConfig) -> Shape:
-    """The sizes to cut to: those given, and then what the sparsity asks of ``cut``.
-
-    Raises:
-        BudgetError: the sparsity cannot be reached.
-        ConfigError: a size that the model cannot be cut to.
-        UnsupportedArchitecture: the model's blocks differ or share weights.
-    """
-    start, decoder = shape_of(model), Decoder(model)
-    given = {name: size for name in NAMES if (size := getattr(config, name)) is not None}
-    given = _with_heads(decoder, given)
-    for name, size in given.items():
-        _check_size(decoder, start, name, size, config.divisor)
-    shape = dataclasses.replace(start, **given)
-    if not has_words(decoder, shape):
-        raise ConfigError(
-            f"hidden_size={shape.hidden_size} does not go together with {shape.num_attention_heads} heads of "
-            f"{decoder.head_dim} in this architecture; the nearest are {_nearest_channels(decoder, shape, config)}"
-        )
-    if not config.sparsity:
-        return shape
-    if config.cut in ("width", "hidden"):
-        if composite_of(model.config) is not None:
-            raise ConfigError(
-                f"cut={config.cut} cuts channels, of which a vision-language model's image features have as many: give "
-                "cut=ffn or cut=depth"
-            )
-        if heads_follow(decoder) and config.num_attention_heads is not None:
-            raise ConfigError(
-                f"cut={config.cut} is to find num_attention_heads, which follow the channels in this architecture: "
-                "leave it out, or give cut=ffn or cut=depth"
-            )
-    counter = Counter(model)
-    wanted = round((1 - config.sparsity) * counter.of_blocks(start))
-    have = counter.of_blocks(shape)
-    if have < wanted:
-        raise BudgetError(
-            f"the sizes given already remove {1 - have / counter.of_blocks(start):.1%} of the blocks' parameters, more "
-            f"than sparsity {config.sparsity}: give a higher one, or none"
-        )
-    return _solve(decoder, counter, shape, wanted, config)
-
-
-def _with_heads(decoder: Decoder, given: dict[str, int]) -> dict[str, int]:
-    """Where heads have no width of their own in the config, channels and heads go together, and one says the other."""
-    if not heads_follow(decoder):
-        return given
-    width = decoder.head_dim
-    if "num_attention_heads" in given:
-        return {"hidden_size": given["num_attention_heads"] * width, **given}
-    if "hidden_size" in given and given["hidden_size"] % width == 0:
-        return {**given, "num_attention_heads": given["hidden_size"] // width}
-    return given
-
-
-def _check_size(decoder: Decoder, start: Shape, name: str, size: int, divisor: int) -> None:
-    """Refuse a size that the model cannot be cut to, with the nearest that it can."""
-    whole = getattr(start, name)
-    step = unit_of(decoder, name, divisor)
-    if name == "hidden_size" and size != whole and composite_of(decoder.model.config) is not None:
-        raise ConfigError("hidden_size: a vision-language model's image features have as many; cut neurons or blocks")
-    if size > whole:
-        raise ConfigError(f"{name}={size} is more than the {whole} that the model has: nothing is added, only cut")
-    if size != whole and size % step:
-        near = [n for n in (size // step * step, min((size // step + 1) * step, whole)) if n > 0]
-        why = {"num_attention_heads": f"the {decoder.kv_heads} KV heads must keep as many each"}.get(
-            name, f"sizes are to be multiples of {step}"
-        )
-        raise ConfigError(f"{name}={size}: {why}; the nearest are {' and '.join(map(str, dict.fromkeys(near)))}")
-
-
-def _nearest_channels(decoder: Decoder, shape: Shape, config: MinitronConfig) -> str:
-    """Numbers of channels about one that a model cannot have with so many heads."""
-    step, whole = unit_of(decoder, "hidden_size", config.divisor), decoder.config.hidden_size
-    shapes = (dataclasses.replace(shape, hidden_size=n) for n in (*range(step, whole, step), whole))
-    sizes = [each.hidden_size for each in shapes if has_words(decoder, each)]
-    below, above = [n for n in sizes if n < shape.hidden_size][-1:], [n for n in sizes if n > shape.hidden_size][:1]
-    return " and ".join(map(str, below + above)) or "none"
-
-
-def unit_of(decoder: Decoder, name: str, divisor: int) -> int:
-    """What a size is a multiple of, where it changes."""
-    alone = decoder.heads == decoder.kv_heads
-    return {
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1 if alone else decoder.kv_heads,
-        "hidden_size": math.lcm(divisor, decoder.head_dim) if heads_follow(decoder) else divisor,
-        "intermediate_size": divisor,
-    }[name]
-
-
-def _solve(decoder: Decoder, counter: Counter, shape: Shape, wanted: int, config: MinitronConfig) -> Shape:
-    """The shape whose blocks have as many parameters as wanted, as nearly as the divisor allows."""
-
-    def sized(**sizes: int) -> Shape:
-        return dataclasses.replace(shape, **_with_heads(decoder, sizes))
-
-    def options(name: str) -> range:
-        step = unit_of(decoder, name, config.divisor)
-        return range(step, getattr(shape, name), step)
-
-    def fitting(shapes: Sequence[Shape]) -> Shape:
-        """The one nearest to what is wanted; the budget must lie within a unit of it."""
-        if not shapes or counter.of_blocks(min(shapes, key=counter.of_blocks)) > wanted:
-            raise BudgetError(
-                f"sparsity {config.sparsity} cannot be reached by cut={config.cut} alone, with what the architecture's "
-                "config can say: lower it, give another cut, or sizes on other axes as well"
-            )
-        return min(shapes, key=lambda each: (abs(counter.of_blocks(each) - wanted), each))
-
-    whole = [shape]
-    if config.cut == "depth":
-        return fitting([sized(num_hidden_layers=n) for n in range(1, shape.num_hidden_layers)] + whole)
-    if config.cut == "ffn":
-        return fitting([sized(intermediate_size=n) for n in options("intermediate_size")] + whole)
-    by_hidden = [each for n in options("hidden_size") if has_words(decoder, each := sized(hidden_size=n))] + whole
-    if config.cut == "hidden":
-        return fitting(by_hidden)
-    # One ratio for both; the neurons, of which there are more, make up for the rounding of the channels.
-    step = unit_of(decoder, "intermediate_size", config.divisor)
-
-    def both(each: Shape) -> Shape:
-        neurons = round(shape.intermediate_size * each.hidden_size / shape.hidden_size / step) * step
-        return dataclasses.replace(each, intermediate_size=min(max(neurons, step), shape.intermediate_size))
-
-    near = fitting([both(each) for each in by_hidden])
-    widths = [*options("intermediate_size"), shape.intermediate_size]
-    return fitting([dataclasses.replace(near, intermediate_size=n) for n in widths] + whole)
+def _given(config: MinitronConfig) -> dict[str, int]:
+    """The sizes that are asked for."""
+    return {name: size for name in NAMES if (size := getattr(config, name)) is not None}
 
 
 def between(model: PreTrainedModel, start: Shape, target: Shape, done: int, rounds: int) -> Shape:
