@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from deploy.recipe import CalibrationSpec, StepSpec
 
 
+SPILL_BYTES = 2_000_000_000
+LESSON = {"rows": 96, "length": 512}
+"""What a distillation learns from unless it is told: short rows, for the activations of a step stay in memory."""
+
+
 def add_compress(commands: Any) -> None:
     """The command compress."""
     parser = command(
@@ -147,32 +152,28 @@ def add_compress(commands: Any) -> None:
         help="zero-shot tasks whose mean accuracy is the score that minitron may rank blocks by; as for foldaway eval",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N items of each task (default: all)")
-    _add_means(parser)
-
-
-def _add_calibration(parser: Any) -> None:
-    parser.add_argument(
-        "--calibration", metavar="SOURCE", help=f"{TEXT_HELP}, or self, the model's own samples (default builtin)"
-    )
-    parser.add_argument("--rows", type=int, metavar="N", help="calibration rows (default 24)")
-    parser.add_argument("--length", type=int, metavar="TOKENS", help="tokens per row (default 2048)")
-    parser.add_argument(
-        "--seed", type=int, metavar="N", help="of shuffling or sampling the calibration text (default 0)"
-    )
-
-
-def _add_means(parser: Any) -> None:
     add_device(parser, "; or auto: the blocks are spread over all GPUs")
     parser.add_argument(
         "--spill",
         type=int,
-        default=2_000_000_000,
+        default=SPILL_BYTES,
         metavar="BYTES",
         help="so many bytes each of hidden states and of weights beside the model stay in memory, more lie in files "
-        "(default 2000000000)",
+        f"(default {SPILL_BYTES})",
     )
     add_dry_run(parser, "say what would come out and what it would cost; write nothing")
     add_output(parser, "the artifact's folder; must not exist yet, or be empty")
+
+
+def _add_calibration(parser: Any, rows: int = 24, length: int = 2048) -> None:
+    parser.add_argument(
+        "--calibration", metavar="SOURCE", help=f"{TEXT_HELP}, or self, the model's own samples (default builtin)"
+    )
+    parser.add_argument("--rows", type=int, metavar="N", help=f"calibration rows (default {rows})")
+    parser.add_argument("--length", type=int, metavar="TOKENS", help=f"tokens per row (default {length})")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="of shuffling or sampling the calibration text (default 0)"
+    )
 
 
 def _compress(arguments: argparse.Namespace) -> int:
@@ -294,7 +295,7 @@ def _calibration_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def predict_steps(
-    model: str, steps: list[StepSpec], calibration: CalibrationSpec, spill_bytes: int = 2_000_000_000
+    model: str, steps: list[StepSpec], calibration: CalibrationSpec, spill_bytes: int = SPILL_BYTES
 ) -> int:
     """Say what steps would give and cost."""
     import dataclasses
@@ -351,9 +352,11 @@ def add_distill(commands: Any) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="an option, see above; repeat for more"
     )
-    _add_calibration(parser)
-    _add_means(parser)
-    parser.set_defaults(tasks=[], limit=None)
+    _add_calibration(parser, **LESSON)
+    add_device(parser)
+    add_dry_run(parser, "say what it would cost; write nothing")
+    add_output(parser, "the artifact's folder; must not exist yet, or be empty")
+    parser.set_defaults(tasks=[], limit=None, spill=SPILL_BYTES)
 
 
 def _distill(arguments: argparse.Namespace) -> int:
@@ -362,5 +365,5 @@ def _distill(arguments: argparse.Namespace) -> int:
 
     options = assignments(arguments.set)
     method_config(DISTILL, options)
-    calibration = checked(CalibrationSpec, **_calibration_options(arguments))
+    calibration = checked(CalibrationSpec, **{**LESSON, **_calibration_options(arguments)})
     return _make(arguments, arguments.model, [StepSpec(method=DISTILL, set=options)], calibration)
