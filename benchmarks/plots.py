@@ -276,6 +276,34 @@ def curves(title: str, lines: Sequence[Curve], reference: tuple[float, float], c
     )
 
 
+def lessons(title: str, lines: Sequence[Curve], reference: float, ceiling: float) -> Html:
+    """Perplexity on a log scale against tokens learnt from, one line per lesson, as a picture that stands alone.
+
+    Args:
+        title: what the picture shows.
+        lines: tokens and perplexity of each lesson, from no token on.
+        reference: perplexity of the dense model, the teacher.
+        ceiling: perplexities above it leave the picture, and their line with them.
+    """
+    most = max(tokens for line in lines for tokens, _ in line.points)
+    highest = min(ceiling, 1.3 * max(value for line in lines for _, value in line.points))
+    x, y = _linear(-0.02 * most, 1.02 * most, LEFT, RIGHT), _log(reference / 1.2, highest, BOTTOM, TOP)
+    up = _log_ticks(reference / 1.2, highest)
+    drawn = _frame(x, y, _ticks(0.0, most, 6), up, lambda tick: number(tick / 1e3))
+    drawn += _axes("tokens learnt from, thousands", "perplexity, log scale (lower is better)")
+    drawn.append(
+        tag("line", class_="axis", x1=LEFT, x2=RIGHT, y1=y(reference), y2=y(reference), stroke_dasharray="4 4")
+    )
+    drawn.append(tag("text", "dense", x=RIGHT - 4, y=y(reference) - 6, text_anchor="end"))
+    for place, line in enumerate(lines):
+        drawn += _curve(place, line.label, line.points, x, y, [(a, b) for a, b in line.points if b <= highest])
+    words = "; ".join(
+        f"{line.label}: " + ", ".join(f"{number(a / 1e3)} thousand {number(b)}" for a, b in line.points)
+        for line in lines
+    )
+    return _standing(title, f"dense: perplexity {number(reference)}; {words}", drawn)
+
+
 def tradeoff(title: str, lines: Sequence[Curve], names: tuple[str, str]) -> Html:
     """What is kept, from 0 to 1, against bytes on a log scale, as a picture that stands alone.
 

@@ -16,7 +16,7 @@ from benchmarks.intervals import exponential, exponential_of_mean
 from benchmarks.machine import Machine
 from benchmarks.markup import Html
 from benchmarks.measures import PairedRuns
-from benchmarks.plots import Curve, curves
+from benchmarks.plots import Curve, curves, lessons
 from benchmarks.record import VERSION, Model, read_as
 from benchmarks.tasks import TaskScore
 from benchmarks.words import number, quantity, times, with_error
@@ -268,7 +268,7 @@ def size_grid(table: Table) -> Grid:
 
 
 def learning_grid(table: Table) -> Grid:
-    """What was cut, what it learnt from, and how long: perplexity before and after."""
+    """The dense model and those that learnt from it: from what, how long, and perplexity before and after."""
     rows = tuple(
         (
             cell.label + (f", {cell.sparsity:.1%}" if cell.sparsity else ""),
@@ -276,7 +276,7 @@ def learning_grid(table: Table) -> Grid:
             *_learnt(cell),
             with_error(cell.perplexity.value, cell.perplexity.standard_error),
         )
-        for cell in (table.dense, *table.cells)
+        for cell in (table.dense, *(cell for cell in table.cells if cell.distilled is not None))
     )
     return Grid(("model", "parameters", "before learning", "tokens", "minutes", "perplexity"), rows)
 
@@ -310,13 +310,32 @@ GRIDS: dict[str, Callable[[Table], Grid]] = {
 
 
 def chart(table: Table) -> Html:
-    """Perplexity against remaining parameters, one line per method."""
+    """Perplexity against remaining parameters, one line per method; against tokens learnt from where models learn."""
+    title = f"{table.title}: {table.model.name}"
+    if any(cell.distilled is not None for cell in table.cells):
+        teacher = table.dense.perplexity.value
+        return lessons(title, _lessons(table.cells), teacher, CHART_CEILING * teacher)
     lines = [
         Curve(label, tuple((c.parameters, c.perplexity.value) for c in table.cells if c.label == label))
         for label in _labels(table.cells)
     ]
     dense = (table.dense.parameters, table.dense.perplexity.value)
-    return curves(f"{table.title}: {table.model.name}", lines, dense, CHART_CEILING * dense[1])
+    return curves(title, lines, dense, CHART_CEILING * dense[1])
+
+
+def _lessons(cells: Sequence[Cell]) -> list[Curve]:
+    """One line for each cut and way to learn; it bears the shortest label among its cells."""
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if cell.distilled is not None:
+            alike = (cell.method, dict(cell.options), cell.sparsity, dict(cell.distilled.options))
+            found.setdefault(repr(alike), []).append(cell)
+    lines = []
+    for group in found.values():
+        learnt = sorted((each.distilled.tokens, each.perplexity.value) for each in group if each.distilled is not None)
+        (start, *_) = (each.distilled.before.value for each in group if each.distilled is not None)
+        lines.append(Curve(min((each.label for each in group), key=len), ((0.0, start), *learnt)))
+    return lines
 
 
 CHART_CEILING = 200.0

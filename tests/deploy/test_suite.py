@@ -200,7 +200,10 @@ def test_the_model_of_a_row_may_learn_from_the_dense_one(data: Path, tmp_path: P
     assert taught.distilled.tokens == 20 * 4 * 48
     assert taught.distilled.calibration["source"] == "builtin"
     assert taught.perplexity.value != cut.perplexity.value
-    assert [row[3] for row in tables.learning_grid(table).rows] == ["–", "–", "3 840 of builtin"]
+    assert [row[3] for row in tables.learning_grid(table).rows] == ["–", "3 840 of builtin"]
+    picture = tables.chart(table)
+    assert picture.count("<polyline") == 1
+    assert {"taught", "dense", "tokens learnt from, thousands"} <= set(re.findall(r">([^<>]+)</text>", picture))
     with pytest.raises(ConfigError, match="give 4 or 6 rows"):
         suite(data, tmp_path / "other", methods=[{**row, "distil": {**wanted, "rows": 5}}], calibrations=None)
 
