@@ -235,7 +235,7 @@ class _Lesson:
             self._loss,
             config.epochs,
             "distillation",
-            self._identity(self.student, f"{config} {self._identity(self.teacher, 'teacher')}"),
+            lambda: self._identity(self.student, f"{config} {self._identity(self.teacher, 'teacher')}"),
         )
         after = self._judge()
         return {
@@ -258,7 +258,12 @@ class _Lesson:
         )
 
     def _optimise(
-        self, groups: Sequence[Group], loss: Callable[[Tensor, int], Tensor], epochs: int, what: str, identity: str
+        self,
+        groups: Sequence[Group],
+        loss: Callable[[Tensor, int], Tensor],
+        epochs: int,
+        what: str,
+        name: Callable[[], str],
     ) -> Learnt:
         """Run the loop; its state is kept under the name of what is done and of all that it depends on."""
         config, kept = self.config, None
@@ -266,7 +271,7 @@ class _Lesson:
         for parameter in learning:
             parameter.requires_grad_()
         if self.run.scratch is not None:
-            kept = self.run.scratch / f"{what.replace(' ', '-')}-{identity}.safetensors"
+            kept = self.run.scratch / f"{what.replace(' ', '-')}-{name()}.safetensors"
         try:
             return optimise(
                 groups,
@@ -397,7 +402,7 @@ class _Lesson:
             loss,
             self.config.correction_epochs,
             "correction of the teacher",
-            self._identity(self.teacher, f"{options} {self.rows}"),
+            lambda: self._identity(self.teacher, f"{options} {self.rows}"),
         )
         _own_weights(teacher, dtype)
         return learnt.resumed_seconds

@@ -201,13 +201,13 @@ def test_a_lesson_that_was_killed_goes_on_and_ends_with_the_same_bytes(dense: Pa
     killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
     program = "import compress.training as t, sys; t.KEEP_SECONDS = 0; t.KEEP_SHARE = 1e9"
     program += "; from deploy.cli import main; main()"
-    command = [sys.executable, "-P", "-c", program, *lesson(half, dense, killed, epochs=150)]
+    command = [sys.executable, "-P", "-c", program, *lesson(half, dense, killed, epochs=60)]
     kept = kill_when_there(command, tmp_path / ".killed.scratch", "distillation-*.safetensors")
     assert not killed.exists()
     done = json.loads(safe_open(kept, "pt").metadata()["place"])["done"]  # type: ignore[no-untyped-call]
-    assert 0 < done < 300
-    assert main(lesson(half, dense, killed, epochs=150)) == 0
-    assert main(lesson(half, dense, unbroken, epochs=150)) == 0
+    assert 0 < done < 120
+    assert main(lesson(half, dense, killed, epochs=60)) == 0
+    assert main(lesson(half, dense, unbroken, epochs=60)) == 0
     assert list_files(killed) == list_files(unbroken)
     assert not list(tmp_path.glob(".*scratch"))
 
