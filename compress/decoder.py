@@ -181,6 +181,11 @@ class Decoder:
         return int(getattr(self.config, self.arch.num_key_value_heads))
 
     @property
+    def heads_are_alone(self) -> bool:
+        """Whether every query head has keys and values of its own (H = K)."""
+        return self.heads == self.kv_heads
+
+    @property
     def head_dim(self) -> int:
         """How wide a head is."""
         return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads)

@@ -98,7 +98,7 @@ def has_words(decoder: Decoder, shape: Shape) -> bool:
 
 def first_heads(decoder: Decoder, count: int) -> torch.Tensor:
     """So many query heads, the first ones of each KV group."""
-    if decoder.heads == decoder.kv_heads:
+    if decoder.heads_are_alone:
         return torch.arange(count)
     group = torch.arange(decoder.heads).view(decoder.kv_heads, -1)
     return group[:, : count // decoder.kv_heads].flatten()
@@ -142,7 +142,7 @@ class Counter:
         self.whole, decoder = shape_of(model), Decoder(model)
         small = without_weights(model)
         drop_blocks(small, range(1, self.whole.num_hidden_layers))
-        self._alone = decoder.heads == decoder.kv_heads
+        self._alone = decoder.heads_are_alone
         self._kv_per_head = 2 * decoder.head_dim
         self._kv_heads = decoder.kv_heads
         heads = 1 if self._alone else decoder.kv_heads

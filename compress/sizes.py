@@ -110,10 +110,9 @@ def _nearest_channels(decoder: Decoder, shape: Shape, divisor: int) -> str:
 
 def unit_of(decoder: Decoder, name: str, divisor: int) -> int:
     """What a size is a multiple of, where it changes."""
-    alone = decoder.heads == decoder.kv_heads
     return {
         "num_hidden_layers": 1,
-        "num_attention_heads": 1 if alone else decoder.kv_heads,
+        "num_attention_heads": 1 if decoder.heads_are_alone else decoder.kv_heads,
         "hidden_size": math.lcm(divisor, decoder.head_dim) if heads_follow(decoder) else divisor,
         "intermediate_size": divisor,
     }[name]

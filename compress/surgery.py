@@ -115,12 +115,12 @@ def slice_heads(model: PreTrainedModel, kept: Mapping[int, torch.Tensor]) -> Non
     if sorted(kept) != list(range(len(decoder))) or len(counts) > 1:
         raise ConfigError("every block must keep as many heads: a config has one number for all")
     (count,) = counts
-    alone = heads == groups  # each query head with keys and values of its own
+    alone = decoder.heads_are_alone
     for block in decoder:
         index = kept[block.index].to("cpu")
         if not alone and (count % groups or not (index // (heads // groups)).equal(_groups(count, groups))):
             raise ConfigError(f"block {block.index} must keep the same number of heads in each of {groups} KV groups")
-        queries = _spread(index, width)
+        queries = channels_of(index, width)
         if len(block.attention_in) == 1:
             stacked = torch.arange(heads * width, block.attention_in[0].outputs)
             others = torch.cat([queries + part * heads * width for part in (1, 2)]) if alone else stacked
@@ -141,7 +141,7 @@ def _groups(count: int, groups: int) -> torch.Tensor:
     return torch.arange(groups).repeat_interleave(count // groups)
 
 
-def _spread(index: torch.Tensor, width: int) -> torch.Tensor:
+def channels_of(index: torch.Tensor, width: int) -> torch.Tensor:
     """The channels of some heads."""
     return (index[:, None] * width + torch.arange(width)).flatten()
 

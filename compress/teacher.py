@@ -107,21 +107,37 @@ class Teacher:
             distil: weight of the divergence.
             temperature: that both predictions are softened with.
         """
-        states = self.last[rows]
-
-        def divergence(logits: Tensor, start: int) -> Tensor:
-            with torch.no_grad():
-                wanted = logits_from(self.decoder, states[:, start : start + logits.shape[1]].to(last.device))
-            return logit_kl(logits, wanted.to(logits.device), temperature)
-
         return prediction_loss(
             student,
             last,
             self.calibration.tokens[rows],
-            divergence,
+            divergence_from(self.decoder, self.last[rows], temperature, last.device),
             next_token_weight=next_token_weight,
             distil=distil,
         )
+
+
+def divergence_from(
+    teacher: Decoder, states: Tensor, temperature: float, device: torch.device
+) -> Callable[[Tensor, int], Tensor]:
+    """How far predictions of some tokens are from a teacher's.
+
+    Args:
+        teacher: whose final norm and head make predictions of ``states``.
+        states: what leaves its last block, (B, T, D), wherever it lies.
+        temperature: that both predictions are softened with.
+        device: where the teacher's predictions are made.
+
+    Returns:
+        From logits (B, t, V) of the tokens from one on, and that token's place, to `logit_kl`.
+    """
+
+    def divergence(logits: Tensor, start: int) -> Tensor:
+        with torch.no_grad():
+            wanted = logits_from(teacher, states[:, start : start + logits.shape[1]].to(device))
+        return logit_kl(logits, wanted.to(logits.device), temperature)
+
+    return divergence
 
 
 def prediction_loss(

@@ -77,6 +77,28 @@ def add_evaluation(parser: Any) -> None:
     )
 
 
+def add_calibration(parser: Any, rows: int = 24, length: int = 2048) -> None:
+    parser.add_argument(
+        "--calibration", metavar="SOURCE", help=f"{TEXT_HELP}, or self, the model's own samples (default builtin)"
+    )
+    parser.add_argument("--rows", type=int, metavar="N", help=f"calibration rows (default {rows})")
+    parser.add_argument("--length", type=int, metavar="TOKENS", help=f"tokens per row (default {length})")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="of shuffling or sampling the calibration text (default 0)"
+    )
+
+
+def calibration_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options about calibration that were given."""
+    given = {
+        "source": arguments.calibration,
+        "rows": arguments.rows,
+        "length": arguments.length,
+        "seed": arguments.seed,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def evaluation_spec(arguments: argparse.Namespace) -> Any:
     from deploy.recipe import EvaluationSpec
 

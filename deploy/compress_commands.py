@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import ConfigError
 from deploy.arguments import (
     MODEL_HELP,
-    TEXT_HELP,
+    add_calibration,
     add_device,
     add_dry_run,
     add_output,
     assignments,
+    calibration_options,
     checked,
     checked_device,
     command,
@@ -140,7 +141,7 @@ def add_compress(commands: Any) -> None:
         help="an option of the method, see above; repeat for more",
     )
     parser.add_argument("--recipe", metavar="FILE", help="take MODEL, methods and calibration from a recipe instead")
-    _add_calibration(parser)
+    add_calibration(parser)
     parser.add_argument(
         "--teacher", metavar="MODEL", help="foldgpt: learn from this model, with the same tokenizer (default: MODEL)"
     )
@@ -163,17 +164,6 @@ def add_compress(commands: Any) -> None:
     )
     add_dry_run(parser, "say what would come out and what it would cost; write nothing")
     add_output(parser, "the artifact's folder; must not exist yet, or be empty")
-
-
-def _add_calibration(parser: Any, rows: int = 24, length: int = 2048) -> None:
-    parser.add_argument(
-        "--calibration", metavar="SOURCE", help=f"{TEXT_HELP}, or self, the model's own samples (default builtin)"
-    )
-    parser.add_argument("--rows", type=int, metavar="N", help=f"calibration rows (default {rows})")
-    parser.add_argument("--length", type=int, metavar="TOKENS", help=f"tokens per row (default {length})")
-    parser.add_argument(
-        "--seed", type=int, metavar="N", help="of shuffling or sampling the calibration text (default 0)"
-    )
 
 
 def _compress(arguments: argparse.Namespace) -> int:
@@ -269,7 +259,7 @@ def _what_to_compress(arguments: argparse.Namespace) -> tuple[str, list[StepSpec
     from deploy.recipe import CalibrationSpec, StepSpec, read_recipe
 
     if arguments.recipe is not None:
-        if arguments.model or arguments.method or arguments.set or _calibration_options(arguments):
+        if arguments.model or arguments.method or arguments.set or calibration_options(arguments):
             raise ConfigError("--recipe brings its own model, methods and calibration: leave out all other options")
         recipe = read_recipe(Path(arguments.recipe))
         if recipe.is_ladder:
@@ -279,19 +269,8 @@ def _what_to_compress(arguments: argparse.Namespace) -> tuple[str, list[StepSpec
         raise ConfigError("compress needs MODEL and --method, or --recipe; see foldaway compress --help")
     options = assignments(arguments.set)
     method_config(arguments.method, options)
-    calibration = checked(CalibrationSpec, **_calibration_options(arguments))
+    calibration = checked(CalibrationSpec, **calibration_options(arguments))
     return arguments.model, [StepSpec(method=arguments.method, set=options)], calibration
-
-
-def _calibration_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options about calibration that were given."""
-    given = {
-        "source": arguments.calibration,
-        "rows": arguments.rows,
-        "length": arguments.length,
-        "seed": arguments.seed,
-    }
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def predict_steps(
@@ -352,7 +331,7 @@ def add_distill(commands: Any) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="an option, see above; repeat for more"
     )
-    _add_calibration(parser, **LESSON)
+    add_calibration(parser, **LESSON)
     add_device(parser)
     add_dry_run(parser, "say what it would cost; write nothing")
     add_output(parser, "the artifact's folder; must not exist yet, or be empty")
@@ -365,5 +344,5 @@ def _distill(arguments: argparse.Namespace) -> int:
 
     options = assignments(arguments.set)
     method_config(DISTILL, options)
-    calibration = checked(CalibrationSpec, **{**LESSON, **_calibration_options(arguments)})
+    calibration = checked(CalibrationSpec, **{**LESSON, **calibration_options(arguments)})
     return _make(arguments, arguments.model, [StepSpec(method=DISTILL, set=options)], calibration)

@@ -13,10 +13,12 @@ from deploy.arguments import (
     DONE,
     MODEL_HELP,
     TEXT_HELP,
+    add_calibration,
     add_device,
     add_dry_run,
     add_output,
     assignments,
+    calibration_options,
     checked,
     checked_device,
     command,
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 
 NOTHING_FITS = 3
 """Exit code: measured, but no candidate is within the budget."""
+
+SCORED = {"rows": 16, "length": 512}
+"""Calibration rows unless it is told: every candidate looks at them."""
 
 FACTORS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
@@ -111,17 +116,7 @@ TARGETS = {
 
 def _add_texts(parser: Any) -> None:
     """What methods calibrate on, and what candidates are judged on."""
-    parser.add_argument(
-        "--calibration",
-        default="builtin",
-        metavar="SOURCE",
-        help=f"{TEXT_HELP}, or self, the model's own samples (default builtin)",
-    )
-    parser.add_argument("--rows", type=int, default=16, metavar="N", help="calibration rows (default 16)")
-    parser.add_argument("--length", type=int, default=512, metavar="TOKENS", help="tokens per row (default 512)")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of shuffling or sampling the calibration text (default 0)"
-    )
+    add_calibration(parser, **SCORED)
     parser.add_argument(
         "--distill-rows", type=int, metavar="N", help="let every candidate learn from so many rows before it is judged"
     )
@@ -246,13 +241,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         )
     if arguments.limit is not None and not arguments.tasks:
         raise ConfigError("--limit is for --tasks")
-    calibration = checked(
-        CalibrationSpec,
-        source=arguments.calibration,
-        rows=arguments.rows,
-        length=arguments.length,
-        seed=arguments.seed,
-    )
+    calibration = checked(CalibrationSpec, **{**SCORED, **calibration_options(arguments)})
     return Request(
         model=arguments.model,
         target=_target(arguments),

@@ -26,6 +26,7 @@ from compress.errors import ConfigError
 from compress.evaluate import Perplexity, logits_of, perplexity
 from compress.result import Progress
 from compress.sources import Loaded, fingerprint, load, skeleton
+from compress.surgery import without_weights
 from compress.text import text_hash
 from deploy.bench import all_runs, model_of, now
 from deploy.comparison import Measured, measure
@@ -59,17 +60,22 @@ class Pipeline:
         self.progress = progress
         self.say = say
         self.model_hash = fingerprint(recipe.model)
-        check_layout(skeleton(recipe.model))  # better now than after the compression
+        shape = skeleton(recipe.model)
+        check_layout(shape)  # better now than after the compression
+        drawn = {(step.calibration or recipe.calibration).source for step in recipe.steps}
+        self.source_hashes = {
+            source: text_hash(source, "calibration") for source in sorted({*drawn, recipe.calibration.source})
+        }
         self.text_hashes = {
-            "calibration": text_hash(recipe.calibration.source, "calibration"),
+            "calibration": self.source_hashes[recipe.calibration.source],
             "evaluation": text_hash(recipe.evaluation.source, "evaluation"),
         }
         for step in recipe.steps:
-            learnt = text_hash((step.calibration or recipe.calibration).source, "calibration")
+            learnt = self.source_hashes[(step.calibration or recipe.calibration).source]
             if learnt == self.text_hashes["evaluation"]:
                 raise ConfigError(f"{step.method}: a model is not judged on the text that it was calibrated on")
         for chain in recipe.chains():
-            try_on_shapes(skeleton(recipe.model), chain, recipe.calibration)
+            try_on_shapes(without_weights(shape), chain, recipe.calibration)
         self.work = Workspace(root)  # last: a mistake leaves nothing behind
         self.candidate_path = root
         self._loaded: Loaded | None = None
@@ -121,7 +127,7 @@ class Pipeline:
     def _compress(self, stage: str, parent: str, parent_hash: str, step: StepSpec) -> Path:
         calibration = step.calibration or self.recipe.calibration
         inputs = {**_common(), "parent": parent_hash, "method": step.method, "options": step.set}
-        inputs["calibration"] = {**calibration.model_dump(), "text": text_hash(calibration.source, "calibration")}
+        inputs["calibration"] = {**calibration.model_dump(), "text": self.source_hashes[calibration.source]}
         distils = step.method == DISTILL and parent != self.recipe.model
         if distils:
             inputs["teacher"] = self.model_hash

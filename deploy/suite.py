@@ -52,6 +52,7 @@ from compress.sources import Loaded, fingerprint, load, skeleton
 from compress.text import text_hash
 from deploy.bench import now
 from deploy.comparison import child_environment, last_words
+from deploy.recipe import DISTILL
 from deploy.sides import open_side
 from deploy.steps import CHECK_TOKENS, data_file
 from deploy.workspace import Workspace, digest
@@ -161,7 +162,7 @@ class Suite(Strict):
                 method_config(method.method, {**method.set, "sparsity": sparsity})
             self._check_same_blocks(method)
             if method.distil is not None:
-                distill.learnt_rows(method.distil.rows, method_config("distill", method.distil.set))
+                distill.learnt_rows(method.distil.rows, method_config(DISTILL, method.distil.set))
         if self.exports is not None:
             for label in self.exports.labels:
                 named = [m for m in self.methods if m.label == label]
@@ -404,8 +405,8 @@ class SuiteRun:
         passes = METHODS[job.spec.method].outline(skeleton(str(self.dense_path)), self._rows(job), config)
         if job.spec.distil is None:
             return passes
-        learning = method_config("distill", job.spec.distil.set)
-        return passes + METHODS["distill"].outline(skeleton(str(self.dense_path)), job.spec.distil.rows, learning)
+        learning = method_config(DISTILL, job.spec.distil.set)
+        return passes + METHODS[DISTILL].outline(skeleton(str(self.dense_path)), job.spec.distil.rows, learning)
 
     def _config(self, job: _Job) -> Any:
         """The method's configuration for a cell."""
@@ -577,7 +578,7 @@ class SuiteRun:
             consume=True,
             teacher=teacher.model,
         )
-        learnt = METHODS["distill"].compress(loaded.model, rows, method_config("distill", spec.set), run)
+        learnt = METHODS[DISTILL].compress(loaded.model, rows, method_config(DISTILL, spec.set), run)
         numbers = learnt.report.numbers
         return dataclasses.replace(loaded, model=learnt.model), Distilled(
             spec.set,

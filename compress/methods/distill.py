@@ -39,13 +39,13 @@ from compress.decoder import Decoder
 from compress.errors import ConfigError
 from compress.files import new_file
 from compress.gating import evaluating
-from compress.losses import cosine, logit_kl, top_logit_kl, wide
+from compress.losses import cosine, top_logit_kl, wide
 from compress.options import check_flag, check_known, check_positive, check_seed, check_share, check_weight, check_whole
 from compress.remote_code import submodule
 from compress.result import CompressedModel, Report, Run
 from compress.resume import identity
 from compress.surgery import clone
-from compress.teacher import CHUNK_TOKENS, check_teacher, prediction_loss
+from compress.teacher import CHUNK_TOKENS, check_teacher, divergence_from, prediction_loss
 from compress.training import Group, Learnt, optimise
 
 PRECISIONS = ("bf16", "fp32")
@@ -355,13 +355,7 @@ class _Lesson:
 
             return ([] if self.map is None else self._pass(self.teacher, rows)[0]), from_kept
         states, last = self._pass(self.teacher, rows)
-
-        def from_states(logits: Tensor, start: int) -> Tensor:
-            with torch.no_grad():
-                wanted = logits_from(self.teacher, last[:, start : start + logits.shape[1]])
-            return logit_kl(logits, wanted.to(logits.device), temperature)
-
-        return states, from_states
+        return states, divergence_from(self.teacher, last, temperature, last.device)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.precision == "fp32":
@@ -463,9 +457,7 @@ class _Lesson:
                             self.student,
                             last,
                             self.tokens[index],
-                            lambda logits, start, theirs=theirs: logit_kl(  # type: ignore[misc]
-                                logits, logits_from(self.teacher, theirs[:, start : start + logits.shape[1]])
-                            ),
+                            divergence_from(self.teacher, theirs, 1.0, theirs.device),
                             next_token_weight=float(name == "next_token"),
                             distil=float(name == "divergence"),
                         )

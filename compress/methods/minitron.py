@@ -44,8 +44,9 @@ from compress.ranking import lowest_indices, top_indices
 from compress.result import CompressedModel, Report, Run
 from compress.resume import identity
 from compress.shape import NAMES, Shape, heads_follow, resize, shape_of
-from compress.sizes import CUTS, target_shape
+from compress.sizes import CUTS, target_shape, unit_of
 from compress.surgery import (
+    channels_of,
     clone,
     conform,
     drop_blocks,
@@ -139,7 +140,7 @@ def compress(
     Source: Muralidharan et al. 2024, sections 2.1 to 2.3 (single shot); Sreenivas et al. 2024 for runs of blocks.
     """
     run = run or Run()
-    start, target = shape_of(model), target_shape(model, _given(config), config.sparsity, config.cut, config.divisor)
+    start, target = shape_of(model), _target(model, config)
     _check(start, target, calibration, config, run)
     if target != start:
         resize(without_weights(model), target)  # refuses what the architecture has no words for
@@ -163,7 +164,7 @@ def compress(
 
 def outline(model: PreTrainedModel, rows: int, config: MinitronConfig) -> float:
     """Cut ``model`` in place to the shape that `compress` gives it; returns the forward passes `compress` takes."""
-    start, target = shape_of(model), target_shape(model, _given(config), config.sparsity, config.cut, config.divisor)
+    start, target = shape_of(model), _target(model, config)
     if target == start:
         return 0.0
     blocks, goes = start.num_hidden_layers, start.num_hidden_layers - target.num_hidden_layers
@@ -179,9 +180,10 @@ def outline(model: PreTrainedModel, rows: int, config: MinitronConfig) -> float:
 # --- The shape
 
 
-def _given(config: MinitronConfig) -> dict[str, int]:
-    """The sizes that are asked for."""
-    return {name: size for name in NAMES if (size := getattr(config, name)) is not None}
+def _target(model: PreTrainedModel, config: MinitronConfig) -> Shape:
+    """The shape that is asked for; see `target_shape`."""
+    given = {name: size for name in NAMES if (size := getattr(config, name)) is not None}
+    return target_shape(model, given, config.sparsity, config.cut, config.divisor)
 
 
 def between(model: PreTrainedModel, start: Shape, target: Shape, done: int, rounds: int) -> Shape:
@@ -196,9 +198,8 @@ def between(model: PreTrainedModel, start: Shape, target: Shape, done: int, roun
     for name in NAMES:
         first, last = getattr(start, name), getattr(target, name)
         sizes[name] = first - round(done * (first - last) / rounds)
-    alone, groups = decoder.heads == decoder.kv_heads, decoder.kv_heads
-    if not alone:
-        sizes["num_attention_heads"] = math.ceil(sizes["num_attention_heads"] / groups) * groups
+    step = unit_of(decoder, "num_attention_heads", 1)
+    sizes["num_attention_heads"] = math.ceil(sizes["num_attention_heads"] / step) * step
     if heads_follow(decoder):
         sizes["hidden_size"] = sizes["num_attention_heads"] * decoder.head_dim
     return Shape(**sizes)
@@ -356,7 +357,7 @@ def _add_residuals(decoder: Decoder, scores: Sequence[Tensor], count: int) -> No
     Source: Muralidharan et al. 2024, section 2.3, in which the lowest i would name a head that is not there.
     """
     heads, width = decoder.heads, decoder.head_dim
-    groups = 1 if decoder.heads == decoder.kv_heads else decoder.kv_heads
+    groups = 1 if decoder.heads_are_alone else decoder.kv_heads
     size, kept = heads // groups, count // groups
     for block, score in zip(decoder, scores, strict=True):
         index = torch.arange(heads)
@@ -370,7 +371,7 @@ def _add_residuals(decoder: Decoder, scores: Sequence[Tensor], count: int) -> No
 def _subtract_heads(queries: Projection, index: Tensor, width: int) -> None:
     """q_i becomes 2 q_i - q_index[i] where that is another head."""
     rows = torch.arange(queries.outputs)
-    rows[: len(index) * width] = (index[:, None] * width + torch.arange(width)).flatten()
+    rows[: len(index) * width] = channels_of(index, width)
     queries.change_outputs(lambda old: 2 * old - old.index_select(0, rows.to(old.device)))
 
 
