@@ -1,0 +1,146 @@
+"""What a consumer of an ONNX export is, what it is compared with, and what came out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from compress.errors import BackendError, FoldawayError
+from exporters.onnx_session import MODEL_FILE, OnnxSession, load_tokenizer, read_settings
+
+ENVIRONMENTS = Path(__file__).resolve().parents[2] / ".consumers"
+"""Where consumers that cannot share our environment get one of their own, a folder each."""
+
+PROMPT = "The three primary colours are"
+NEW_TOKENS = 24
+
+
+class Consumer(Protocol):
+    """A runtime that people open an ONNX export with. Every run is a process of its own."""
+
+    def prepare(self) -> None:
+        """Build its environment where it is missing.
+
+        Raises:
+            BackendError: that does not work; the message says why.
+        """
+
+    def versions(self) -> dict[str, str]:
+        """Versions of what it is made of, by name."""
+
+    def run(self, export: Path, prompt: str, new_tokens: int) -> str:
+        """The text that it continues a prompt with, greedily: no chat template, no special tokens in the answer.
+
+        Raises:
+            BackendError: it does not open the export, or fails; the message is one line.
+        """
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a consumer made of an export.
+
+    Attributes:
+        consumer: its name.
+        ok: whether it generates the reference's text, and agrees with us in what else was measured.
+        text: what it generates; None where it fails.
+        reason: why `ok` is false; None where it is true.
+        versions: of the packages that it is made of.
+        numbers: what else was measured.
+    """
+
+    consumer: str
+    ok: bool
+    text: str | None
+    reason: str | None
+    versions: Mapping[str, str]
+    numbers: Mapping[str, float]
+
+
+def graph_of(export: Path) -> str:
+    """The graph of an export folder, by its path from there: at its root, or in ``onnx/`` as transformers.js has it.
+
+    Raises:
+        BackendError: there is none, or more than one.
+    """
+    found = [*export.glob("*.onnx"), *export.glob("onnx/*.onnx")]
+    if len(found) != 1:
+        raise BackendError(f"{export} holds {len(found)} graphs, not one such as {MODEL_FILE}")
+    return found[0].relative_to(export).as_posix()
+
+
+def greedy_text(export: Path, prompt: str = PROMPT, new_tokens: int = NEW_TOKENS) -> str:
+    """The reference: what the export continues a prompt with in our own session, without special tokens.
+
+    Raises:
+        BackendError: it is no export, or cannot be loaded.
+    """
+    session, tokenizer = OnnxSession(export, threads=1, graph=graph_of(export)), load_tokenizer(export)
+    tokens: list[int] = tokenizer(prompt)["input_ids"]
+    ends = _ends(export)
+    logits, kv = session.prefill(np.array([tokens]), capacity=len(tokens) + new_tokens)
+    made: list[int] = []
+    while len(made) < new_tokens:
+        made.append(int(logits.argmax()))
+        if made[-1] in ends:
+            break
+        logits, kv = session.step(np.array([[made[-1]]]), kv, np.array([len(tokens) + len(made) - 1]))
+    return str(tokenizer.decode(made, skip_special_tokens=True))
+
+
+def _ends(export: Path) -> set[int]:
+    """The tokens that end a text."""
+    file = export / "generation_config.json"
+    found: Any = read_settings(file if file.is_file() else export / "config.json").get("eos_token_id")
+    return set(found) if isinstance(found, list) else {found}
+
+
+def judge(name: str, consumer: Consumer, export: Path, reference: str, new_tokens: int = NEW_TOKENS) -> Outcome:
+    """Run a consumer on an export, and compare its text with the reference."""
+    versions: dict[str, str] = {}
+    try:
+        versions = consumer.versions()
+        text = consumer.run(export, PROMPT, new_tokens)
+    except FoldawayError as error:
+        return Outcome(name, False, None, str(error), versions, {})
+    if text == reference:
+        return Outcome(name, True, text, None, versions, {})
+    alike = len(_common_prefix(text, reference))
+    reason = f"another text after {alike} of {len(reference)} characters"
+    return Outcome(name, False, text, reason, versions, {"same_characters": alike})
+
+
+def _common_prefix(one: str, other: str) -> str:
+    alike = 0
+    while alike < min(len(one), len(other)) and one[alike] == other[alike]:
+        alike += 1
+    return one[:alike]
+
+
+def last_line(command: Sequence[str], timeout_seconds: float, cwd: Path | None = None) -> Any:
+    """Run a program whose last line of stdout is JSON.
+
+    Raises:
+        BackendError: it fails, takes too long, or says something else; the message is the last line of its stderr.
+    """
+    what = Path(command[-1] if len(command) < 2 else command[1]).name
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_seconds, cwd=cwd
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BackendError(f"{what} did not end within {timeout_seconds:.0f} seconds") from error
+    except OSError as error:
+        raise BackendError(f"{what} does not start: {error.strerror}") from error
+    if done.returncode:
+        raise BackendError((done.stderr.strip().splitlines() or [f"{what} failed with exit code {done.returncode}"])[-1])
+    try:
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        raise BackendError(f"{what} ended without its result") from error
