@@ -12,10 +12,10 @@ BIN   := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test test-consumers lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP)  ## make .venv and install foldaway into it, editable, with all that demo and test need
 
@@ -38,6 +38,10 @@ test: install  ## lint, type check and all tests of the default tier
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS) || status=1; \
 	exit $$status
 
+test-consumers: install  ## open exports of the demo model in the runtimes that people use; some get environments in .consumers
+	$(BIN)/python -m benchmarks.consumers --prepare $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m consumers $(PYTEST_ARGS)
+
 lint: install  ## ruff check, ruff format --check and mypy
 	@status=0; \
 	$(BIN)/ruff check . || status=1; \
@@ -49,6 +53,6 @@ format: install  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix . || true
 	$(BIN)/ruff format .
 
-clean:  ## remove the environment, caches and build output; runs/ stays
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+clean:  ## remove the environments, caches and build output; runs/ stays
+	rm -rf .venv .consumers .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

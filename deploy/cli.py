@@ -52,8 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(arguments, "handler"):
         parser.print_help(sys.stderr)
         return USER_ERROR
-    handler: Callable[[argparse.Namespace], int] = arguments.handler
-    arguments.command_line = shlex.join(["foldaway", *(sys.argv[1:] if argv is None else argv)])
+    command_line = shlex.join(["foldaway", *(sys.argv[1:] if argv is None else argv)])
+    return call(arguments.handler, arguments, command_line)
+
+
+def call(handler: Callable[[argparse.Namespace], int], arguments: argparse.Namespace, command_line: str) -> int:
+    """Run the handler of a command; what the user got wrong becomes one line on stderr. Returns the exit code."""
+    arguments.command_line = command_line
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars; read when they are imported
     try:
         return handler(arguments)
@@ -166,7 +171,7 @@ def _add_export(commands: Any) -> None:
     parser = command(
         commands,
         "export",
-        _export,
+        export_command,
         "write another runtime's files, and check that they compute the same",
         """
         The export is compared with its source on real text, as a whole and token by token with a cache. If it does
@@ -174,6 +179,11 @@ def _add_export(commands: Any) -> None:
         """,
         "foldaway export smol-25 --to onnx --dtype int4 -o smol-25-onnx",
     )
+    add_export_options(parser)
+
+
+def add_export_options(parser: Any) -> None:
+    """The options of `foldaway export`, which optimum-cli has too."""
     parser.add_argument("path", metavar="PATH", help=MODEL_HELP)
     parser.add_argument(
         "--to", required=True, metavar="FORMAT", help="onnx (onnxruntime and what builds on it) or hf (transformers)"
@@ -202,7 +212,8 @@ def _add_export(commands: Any) -> None:
     add_output(parser, "the export's folder; must not exist yet, or be empty")
 
 
-def _export(arguments: argparse.Namespace) -> int:
+def export_command(arguments: argparse.Namespace) -> int:
+    """The handler of `foldaway export`."""
     import dataclasses
 
     from compress.calibration import context_length_of, windows

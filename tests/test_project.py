@@ -19,6 +19,8 @@ from deploy.recipe import read_recipe
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = ("compress", "exporters", "serving", "benchmarks", "deploy")
+REGISTERED = "optimum/commands/register/register_foldaway.py"
+"""The one file that is installed outside our packages: where optimum looks for subcommands."""
 
 
 def committed_files() -> list[Path]:
@@ -47,9 +49,10 @@ def wheel_files(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 @pytest.mark.xdist_group("wheel")
-def test_the_wheel_holds_the_five_packages_and_nothing_else(wheel_files: set[str]) -> None:
+def test_the_wheel_holds_the_five_packages_and_one_file_for_optimum(wheel_files: set[str]) -> None:
     folders = {name.partition("/")[0] for name in wheel_files}
-    assert {name for name in folders if not name.endswith(".dist-info")} == set(PACKAGES)
+    assert {name for name in folders if not name.endswith(".dist-info")} == {*PACKAGES, "optimum"}
+    assert [name for name in wheel_files if name.startswith("optimum/")] == [REGISTERED]
     assert not any(name.startswith("benchmarks/results") for name in wheel_files)
 
 
@@ -58,6 +61,7 @@ def test_the_wheel_holds_every_module_every_recipe_and_every_suite(wheel_files: 
     """A folder of modules without an __init__.py would be missing from the wheel without a word."""
     expected = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
     expected += [*(ROOT / "deploy" / "recipes").glob("*.yaml"), *(ROOT / "benchmarks" / "suites").glob("*.yaml")]
+    expected += (ROOT / "benchmarks" / "consumers").glob("*.yaml")
     assert {path.relative_to(ROOT).as_posix() for path in expected} <= wheel_files
 
 

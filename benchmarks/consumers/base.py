@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,16 +112,9 @@ def judge(name: str, consumer: Consumer, export: Path, reference: str, new_token
         return Outcome(name, False, None, str(error), versions, {})
     if text == reference:
         return Outcome(name, True, text, None, versions, {})
-    alike = len(_common_prefix(text, reference))
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, reference, strict=False)))
     reason = f"another text after {alike} of {len(reference)} characters"
     return Outcome(name, False, text, reason, versions, {"same_characters": alike})
-
-
-def _common_prefix(one: str, other: str) -> str:
-    alike = 0
-    while alike < min(len(one), len(other)) and one[alike] == other[alike]:
-        alike += 1
-    return one[:alike]
 
 
 def last_line(command: Sequence[str], timeout_seconds: float, cwd: Path | None = None) -> Any:
@@ -139,7 +133,8 @@ def last_line(command: Sequence[str], timeout_seconds: float, cwd: Path | None =
     except OSError as error:
         raise BackendError(f"{what} does not start: {error.strerror}") from error
     if done.returncode:
-        raise BackendError((done.stderr.strip().splitlines() or [f"{what} failed with exit code {done.returncode}"])[-1])
+        said = done.stderr.strip().splitlines() or [f"{what} failed with exit code {done.returncode}"]
+        raise BackendError(said[-1])
     try:
         return json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError) as error:

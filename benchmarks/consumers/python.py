@@ -109,7 +109,7 @@ class InItsOwn(InOurEnvironment):
             BackendError: there is no environment yet.
         """
         if not (self.folder / STAMP).is_file():
-            raise BackendError(f"its environment is missing: `make consumers` builds it in {self.folder.name}")
+            raise BackendError("its environment is missing: `make test-consumers` builds it")
         return super().versions()
 
 

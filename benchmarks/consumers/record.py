@@ -1,0 +1,160 @@
+"""What the consumers made of some exports: one JSON record, and the table that documents show of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, Literal
+
+from benchmarks.consumers.base import NEW_TOKENS, PROMPT, Consumer, Outcome, graph_of, greedy_text, judge
+from benchmarks.consumers.python import LmEval
+from benchmarks.machine import Machine, machine
+from benchmarks.record import read_as
+from compress.schema import Strict
+from exporters.base import ExportRecord, read_export
+
+FORMAT: Final = "foldaway-consumers"
+LOGLIKELIHOOD_NATS = {"fp32": 1e-2}
+"""How far lm-eval's log-likelihoods may be from ours; where the weights are rounded, they are only measured."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An export and what came of it.
+
+    Attributes:
+        source: the model that was exported.
+        artifact_id: None for a model that is no artifact.
+        layout: "plain", "ragged" or "shared".
+        dtype: of the weights.
+        graph: its path in the folder.
+        bytes: of graph and weights.
+        reference: what it generates in our own session.
+        outcomes: of the consumers that were asked.
+    """
+
+    source: str
+    artifact_id: str | None
+    layout: str
+    dtype: str
+    graph: str
+    bytes: int
+    reference: str
+    outcomes: tuple[Outcome, ...]
+
+
+class ConsumersRecord(Strict):
+    """What the consumers made of some exports.
+
+    Attributes:
+        id: hash of the rest of the record.
+        created: ISO 8601, UTC.
+        prompt: what all of them continued.
+        new_tokens: at most so many.
+        exports: in the order in which they were given.
+        command: that repeats this.
+        machine: where.
+    """
+
+    format: Literal["foldaway-consumers"] = FORMAT
+    version: Literal[1] = 1
+    id: str = ""
+    created: str
+    prompt: str
+    new_tokens: int
+    exports: tuple[Opened, ...]
+    command: str
+    machine: Machine
+
+
+def read(path: Path) -> ConsumersRecord:
+    """Read and check a record; raises ConfigError as `benchmarks.record.read_as` does."""
+    return read_as(ConsumersRecord, FORMAT, path)
+
+
+def ask(exports: Sequence[Path], consumers: Mapping[str, Consumer], command: str) -> ConsumersRecord:
+    """Open each export with each consumer, one after the other.
+
+    Raises:
+        BackendError: our own session cannot open one.
+        ArtifactError: one is no export.
+    """
+    return ConsumersRecord(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        prompt=PROMPT,
+        new_tokens=NEW_TOKENS,
+        exports=tuple(opened(path, consumers) for path in exports),
+        command=command,
+        machine=machine(),
+    )
+
+
+def opened(path: Path, consumers: Mapping[str, Consumer]) -> Opened:
+    """Open one export with each consumer."""
+    record, reference = read_export(path), greedy_text(path)
+    dtype = record.options.dtype
+    outcomes = tuple(_outcome(name, consumer, path, reference, dtype) for name, consumer in consumers.items())
+    return Opened(
+        source=record.source.name,
+        artifact_id=record.artifact_id,
+        layout=layout_kind(record),
+        dtype=dtype,
+        graph=graph_of(path),
+        bytes=record.bytes,
+        reference=reference,
+        outcomes=outcomes,
+    )
+
+
+def _outcome(name: str, consumer: Consumer, path: Path, reference: str, dtype: str) -> Outcome:
+    """The outcome of a consumer; lm-eval is also asked questions."""
+    found = judge(name, consumer, path, reference)
+    if found.text is None or not isinstance(consumer, LmEval):
+        return found
+    numbers = {**found.numbers, **consumer.measure(path)}
+    far = numbers["worst_nats"] > LOGLIKELIHOOD_NATS.get(dtype, float("inf"))
+    reason = f"log-likelihoods {numbers['worst_nats']:.2g} nats from ours" if far else found.reason
+    return Outcome(name, found.ok and not far, found.text, reason, found.versions, numbers)
+
+
+def layout_kind(record: ExportRecord) -> str:
+    """The kind of layout that an export's blocks make, in the words of `compress.layout.Layout.kind`."""
+    if any(block["shares_with"] is not None for block in record.blocks):
+        return "shared"
+    first = record.blocks[0]
+    whole = not first["attention"]["no_op"] and not first["ffn"]["no_op"]
+    return "plain" if whole and all(block == first for block in record.blocks) else "ragged"
+
+
+# --- What a person reads
+
+
+def table(record: ConsumersRecord) -> str:
+    """Exports by consumers, as Markdown: "yes", or "no" with the reasons below the table."""
+    names = list(dict.fromkeys(outcome.consumer for export in record.exports for outcome in export.outcomes))
+    reasons: list[str] = []
+    lines = [("export", *names), tuple("---" for _ in range(len(names) + 1))]
+    for export in record.exports:
+        by_name = {outcome.consumer: outcome for outcome in export.outcomes}
+        cells = (_cell(by_name[name], reasons) if name in by_name else "–" for name in names)
+        lines.append((_label(export), *cells))
+    notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, start=1)]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return text + ("\n" + "\n".join(notes) + "\n" if notes else "")
+
+
+def _label(export: Opened) -> str:
+    folder = Path(export.graph).parent.name
+    return f"{export.layout}, {export.dtype}" + (f", in `{folder}/`" if folder else "")
+
+
+def _cell(outcome: Outcome, reasons: list[str]) -> str:
+    """One cell; a reason is written once, below the table."""
+    if outcome.ok:
+        return "yes"
+    reason = (outcome.reason or "").replace("|", "&#124;")
+    if reason not in reasons:
+        reasons.append(reason)
+    return f"no ({reasons.index(reason) + 1})"
