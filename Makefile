@@ -12,7 +12,7 @@ BIN   := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-consumers lint format clean
+.PHONY: help install demo test test-consumers test-browser lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,10 @@ test: install  ## lint, type check and all tests of the default tier
 test-consumers: install  ## open exports of the demo model in the runtimes that people use; some get environments in .consumers
 	$(BIN)/python -m benchmarks.consumers --prepare $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m consumers $(PYTEST_ARGS)
+
+test-browser: install  ## open exports of the demo model in headless Chromium; as root, Debian's package of it is installed
+	@command -v chromium >/dev/null || test "$$(id -u)" -ne 0 || { apt-get update && apt-get install -y --no-install-recommends chromium; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
 
 lint: install  ## ruff check, ruff format --check and mypy
 	@status=0; \
