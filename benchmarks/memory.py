@@ -1,9 +1,10 @@
-"""How much memory: the largest resident set of a process and its children, while something else drives it.
+"""How much memory: what a process holds now, and the largest resident set of its tree while something else drives it.
 
-Two sources, the larger counts. A thread adds up the resident sets of the process tree every 20 ms; between two samples
-it is blind. The kernel's own high-water mark (VmHWM, Linux) misses nothing but knows one process: for a server of one
-process it is exact. Pages that processes share are counted once for each. (The ru_maxrss of a finished child is no
-substitute: the kernel carries the parent's mark over `exec`, so a child of a large process looks large.)
+For the peak there are two sources, the larger counts. A thread adds up the resident sets of the process tree every
+20 ms; between two samples it is blind. The kernel's own high-water mark (VmHWM, Linux) misses nothing but knows one
+process: for a server of one process it is exact. Pages that processes share are counted once for each. (The ru_maxrss
+of a finished child is no substitute: the kernel carries the parent's mark over `exec`, so a child of a large process
+looks large.)
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import subprocess
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -19,6 +21,35 @@ import psutil
 from compress.errors import ConfigError
 
 INTERVAL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Resident:
+    """What one process holds, in bytes.
+
+    Attributes:
+        anon: memory of its own.
+        file: pages of mapped files, which the system can take back.
+        total: both, and what it shares with others.
+        peak: the most that `total` has been.
+    """
+
+    anon: int
+    file: int
+    total: int
+    peak: int
+
+
+def resident(pid: int | None = None) -> Resident | None:
+    """What a process holds (None: this one); None where there is no such process, or the system does not tell."""
+    try:
+        status = Path(f"/proc/{pid or 'self'}/status").read_text("ascii", "replace")
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    if "VmHWM" not in fields:  # a process that has ended and is not yet reaped
+        return None
+    return Resident(*(int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssFile", "VmRSS", "VmHWM")))
 
 
 class PeakMemory:
@@ -61,14 +92,15 @@ class PeakMemory:
 
     def _sample(self) -> None:
         """Take one sample. A process that has gone adds nothing."""
-        resident = marks = 0
+        together = marks = 0
         for process in self._tree():
             try:
-                resident += process.memory_info().rss
+                together += process.memory_info().rss
             except psutil.Error:
                 continue
-            marks = max(marks, _high_water_mark(process.pid))
-        self.bytes = max(self.bytes, resident, marks)
+            held = resident(process.pid)
+            marks = max(marks, held.peak if held else 0)
+        self.bytes = max(self.bytes, together, marks)
 
     def _tree(self) -> list[psutil.Process]:
         try:
@@ -92,15 +124,3 @@ def peak_rss_of(argv: Sequence[str], *, interval_seconds: float = INTERVAL_SECON
     if code != 0:
         raise ConfigError(f"{argv[0]} ended with code {code}: its memory says nothing")
     return peak.bytes
-
-
-def _high_water_mark(pid: int) -> int:
-    """VmHWM of one process in bytes; 0 where the system does not tell."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text("ascii", "replace")
-    except OSError:
-        return 0
-    for line in status.splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0

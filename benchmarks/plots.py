@@ -325,6 +325,118 @@ def tradeoff(title: str, lines: Sequence[Curve], names: tuple[str, str]) -> Html
     return _standing(title, words, drawn)
 
 
+@dataclass(frozen=True)
+class Spot:
+    """One thing that every panel shows: its name, where it is, and its height in each panel (None: not there)."""
+
+    label: str
+    x: float
+    heights: tuple[float | None, ...]
+
+
+def panels(
+    title: str, spots: Sequence[Spot], across: str, up: Sequence[str], lines: Sequence[tuple[str, Scale]]
+) -> Html:
+    """Panels side by side that share a log scale across and a legend below, as a picture that stands alone.
+
+    Args:
+        title: what the picture shows.
+        spots: what is compared.
+        across: name of the shared scale.
+        up: name of each panel's own, which begins at zero.
+        lines: name and height of a line in each panel to hold the spots against.
+    """
+    low, high = min(spot.x for spot in spots) / 1.4, max(spot.x for spot in spots) * 1.4
+    drawn = [tag("style", Html(CURVES_STYLE)), tag("rect", class_="page", width=WIDTH, height=430)]
+    room = WIDTH / len(up)
+    for place, (name, (line, height)) in enumerate(zip(up, lines, strict=True)):
+        x = _log(low, high, room * place + LEFT, room * (place + 1) - 16)
+        seen = [(spot, top) for spot in spots if (top := spot.heights[place]) is not None]
+        drawn += _panel(place, x, (low, high), (across, name), line, height, seen, [spots.index(s) for s, _ in seen])
+    drawn += _spot_legend(spots)
+    words = "; ".join(
+        f"{spot.label}: {number(spot.x)} MB, "
+        + ", ".join("not measured" if top is None else number(top) for top in spot.heights)
+        for spot in spots
+    )
+    return _standing(title, f"{', '.join(up)} against {across}. {words}", drawn)
+
+
+def _panel(
+    place: int,
+    x: Scale,
+    ends: tuple[float, float],
+    names: tuple[str, str],
+    line: str,
+    height: Scale,
+    seen: Sequence[tuple[Spot, float]],
+    colours: Sequence[int],
+) -> list[Html]:
+    """One panel: scales, the line, and the spots."""
+    left, right, bottom = x(ends[0]), x(ends[1]), BOTTOM - 80
+    most = 1.12 * max([top for _, top in seen] or [1.0])
+    y = _linear(0.0, most, bottom, TOP)
+    drawn: list[Html] = []
+    for tick in _ticks(0.0, most, 5):
+        drawn.append(tag("line", class_="grid", x1=left, x2=right, y1=y(tick), y2=y(tick)))
+        drawn.append(tag("text", number(tick), x=left - 8, y=y(tick) + 4, text_anchor="end"))
+    for tick in _log_ticks(*ends):
+        drawn.append(tag("text", number(tick), x=x(tick), y=bottom + 18, text_anchor="middle"))
+    drawn.append(tag("line", class_="axis", x1=left, x2=right, y1=bottom, y2=bottom))
+    drawn.append(tag("text", names[0], x=(left + right) / 2, y=bottom + 38, text_anchor="middle"))
+    drawn.append(tag("text", names[1], x=left - LEFT + 4, y=16))
+    region = f"panel-{place}"
+    inside = tag("rect", x=left, y=TOP, width=right - left, height=bottom - TOP)
+    drawn.append(tag("clipPath", inside, id=region))
+    steps = [ends[0] * (ends[1] / ends[0]) ** (step / 60) for step in range(61)]
+    path = " ".join(f"{x(at):.1f},{y(height(at)):.1f}" for at in steps)
+    drawn.append(
+        tag(
+            "polyline",
+            class_="curve",
+            points=path,
+            stroke="#9ca3af",
+            stroke_dasharray="4 4",
+            clip_path=f"url(#{region})",
+        )
+    )
+    at = max(
+        (step for step in steps if height(step) <= 0.93 * most and step <= ends[1] / 1.3), key=height, default=steps[30]
+    )
+    falls = height(ends[0]) > height(ends[1])
+    drawn.append(
+        tag(
+            "text",
+            line,
+            x=x(at) + (7 if falls else -7),
+            y=y(height(at)),
+            text_anchor="start" if falls else "end",
+            fill_opacity=0.7,
+        )
+    )
+    for (spot, top), colour in zip(seen, colours, strict=True):
+        drawn.append(_spot(colour, x(spot.x), y(top)))
+    return drawn
+
+
+def _spot(place: int, x: float, y: float) -> Html:
+    """A mark: circles, and squares when the colours are used up."""
+    colour = PALETTE[place % len(PALETTE)]
+    if place < len(PALETTE):
+        return tag("circle", cx=x, cy=y, r=5.5, fill=colour, stroke="#ffffff")
+    return tag("rect", x=x - 5, y=y - 5, width=10, height=10, fill=colour, stroke="#ffffff")
+
+
+def _spot_legend(spots: Sequence[Spot]) -> list[Html]:
+    """Names in columns below the panels."""
+    columns = 4
+    drawn = []
+    for place, spot in enumerate(spots):
+        left, level = 24 + (WIDTH - 32) / columns * (place % columns), BOTTOM - 14 + 20 * (place // columns)
+        drawn += [_spot(place, left, level - 4), tag("text", spot.label, x=left + 12, y=level)]
+    return drawn
+
+
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 840, 56, 520, 34, 380
 """Of the page, and the edges of a chart that stands alone; its legend is to the right."""
 

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import machine
+from benchmarks.memory import resident
 from compress.errors import ConfigError, FoldawayError, require
 from compress.files import write_file
 from exporters.onnx_session import read_settings
@@ -156,17 +157,18 @@ def _run(way: str, graph: str, context: str, packed: str = "") -> None:
         options.add_session_config_entry(f"{external}_file_name", f"{Path(packed).name}.data")
         options.add_session_config_entry(f"{external}_min_size_in_bytes", "1024")
         options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
-    idle = _resident()
+    random = np.random.default_rng(0)  # made before memory is read: it loads libraries of its own
+    idle = _held()
     start = perf_counter()
     session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     load_seconds = perf_counter() - start
     if way == "save":
         return
-    loaded = _resident()
+    loaded = _held()
     decode = _Decode(session)
-    decode.run(np.random.default_rng(0).integers(0, decode.vocabulary, (1, prompt)))
+    decode.run(random.integers(0, decode.vocabulary, (1, prompt)))
     decode.steps(steps)
-    used = _resident()
+    used = _held()
     start = perf_counter()
     decode.steps(timed)
     seconds = perf_counter() - start
@@ -178,6 +180,14 @@ def _run(way: str, graph: str, context: str, packed: str = "") -> None:
     sizes = {"idle_bytes": idle["total"], "peak_bytes": used["peak"] - idle["total"]}
     speeds = {"load_seconds": load_seconds, "decode_tokens_per_second": timed / seconds}
     sys.stdout.write(json.dumps(run | sizes | speeds))
+
+
+def _held() -> dict[str, int]:
+    """What this process holds, in bytes."""
+    held = resident()
+    if held is None:
+        raise ConfigError("this system does not say what a process holds: measure on Linux")
+    return asdict(held)
 
 
 class _Decode:
@@ -213,14 +223,6 @@ class _Decode:
         """Continue with the preferred tokens."""
         for _ in range(count):
             self.run(self._token)
-
-
-def _resident() -> dict[str, int]:
-    """What this process holds, in bytes: memory of its own, mapped files, both, and the most so far."""
-    lines = Path("/proc/self/status").read_text("ascii", "replace").splitlines()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    keys = {"anon": "RssAnon", "file": "RssFile", "total": "VmRSS", "peak": "VmHWM"}
-    return {name: int(fields[key].split()[0]) * 1024 for name, key in keys.items()}
 
 
 if __name__ == "__main__":
