@@ -400,20 +400,9 @@ def _panel(
             clip_path=f"url(#{region})",
         )
     )
-    at = max(
-        (step for step in steps if height(step) <= 0.93 * most and step <= ends[1] / 1.3), key=height, default=steps[30]
-    )
-    falls = height(ends[0]) > height(ends[1])
-    drawn.append(
-        tag(
-            "text",
-            line,
-            x=x(at) + (7 if falls else -7),
-            y=y(height(at)),
-            text_anchor="start" if falls else "end",
-            fill_opacity=0.7,
-        )
-    )
+    level = (0.93 if height(ends[0]) > height(ends[1]) else 0.3) * most
+    at = min(steps, key=lambda step: abs(height(step) - level))  # to the right of the line there are no spots
+    drawn.append(tag("text", line, x=x(at) + 9, y=y(height(at)) + 4, fill_opacity=0.7))
     for (spot, top), colour in zip(seen, colours, strict=True):
         drawn.append(_spot(colour, x(spot.x), y(top)))
     return drawn

@@ -16,6 +16,7 @@ from benchmarks import record as records
 from benchmarks import table as suites
 from benchmarks.measures import METRICS
 from benchmarks.record import Record
+from benchmarks.runtimes import record as runtimes
 from benchmarks.words import MEANINGS, NAMES, headline, number, quantity, times
 from compress.errors import ConfigError
 from compress.files import write_file
@@ -39,6 +40,8 @@ def with_fresh_tables(text: str, root: Path = ROOT) -> str:
 
 
 def _tables(root: Path, source: str, name: str | None) -> str:
+    if records.format_of(root / source) == runtimes.FORMAT:
+        return runtimes.document(runtimes.read(root / source), source)
     if name is None:
         return tables(records.read(root / source), source)
     if records.format_of(root / source) == deltas.FORMAT:
@@ -62,6 +65,8 @@ def pictures(root: Path = ROOT) -> dict[Path, str]:
             drawn[path.with_suffix(".svg")] = suites.chart(suites.read(path)) + "\n"
         elif kind == deltas.FORMAT:
             drawn[path.with_suffix(".svg")] = deltas.chart(deltas.read(path)) + "\n"
+        elif kind == runtimes.FORMAT:
+            drawn[path.with_suffix(".svg")] = runtimes.chart(runtimes.read(path)) + "\n"
     return drawn
 
 

@@ -177,8 +177,11 @@ def conditions(record: Runtimes) -> str:
     )
 
 
-GRIDS: dict[str, Callable[[Runtimes], Grid]] = {"runtimes": table}
-"""Tables that documents may have."""
+def document(record: Runtimes, source: str) -> str:
+    """What documents say of a record that lies at `source`: table, conditions, machine. Markdown."""
+    where = f"{record.machine.cpu}, {record.machine.usable_cores} cores"
+    about = f"{conditions(record)} Measured on {where}; the record is [{record.id}]({source})."
+    return f"{table(record).markdown()}\n{about}\n"
 
 
 def chart(record: Runtimes) -> Html:

@@ -10,6 +10,7 @@ from benchmarks import delta_table as deltas
 from benchmarks import record as records
 from benchmarks import table as suites
 from benchmarks.readme import ROOT, documents, pictures, with_fresh_tables
+from benchmarks.runtimes import record as runtimes
 from compress.errors import ConfigError
 
 RECORDS = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
@@ -36,7 +37,7 @@ def test_the_pictures_are_those_of_their_records() -> None:
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)
 def test_every_committed_record_can_be_read(path: Path) -> None:
-    readers = {suites.FORMAT: suites.read, deltas.FORMAT: deltas.read}
+    readers = {suites.FORMAT: suites.read, deltas.FORMAT: deltas.read, runtimes.FORMAT: runtimes.read}
     assert readers.get(records.format_of(path), records.read)(path).id
 
 

@@ -14,7 +14,7 @@ from benchmarks.memory import Resident
 from benchmarks.runtimes.__main__ import main
 from benchmarks.runtimes.measure import SETTINGS, measure, memory_of, run, settings_for
 from benchmarks.runtimes.probe import KINDS, prompt_of
-from benchmarks.runtimes.record import Runtimes, chart, conditions, read, table
+from benchmarks.runtimes.record import Runtimes, chart, conditions, document, read, table
 from benchmarks.runtimes.sides import Side, read_bytes, sides_of
 from compress.errors import BackendError, ConfigError
 from compress.sources import Loaded, Origin
@@ -64,6 +64,7 @@ def test_a_table_has_a_row_for_each_side_and_compares_with_the_baseline(record: 
     assert grid.rows[0][-1] == "12.5"
     assert grid.rows[1][-1] == "–"
     assert "1 processes" in conditions(record)
+    assert document(record, "runtimes.json").endswith(f"the record is [{record.id}](runtimes.json).\n")
 
 
 @pytest.mark.xdist_group("runtimes")
