@@ -14,6 +14,7 @@ from pathlib import Path
 from benchmarks import delta_table as deltas
 from benchmarks import record as records
 from benchmarks import table as suites
+from benchmarks.consumers import record as consumers
 from benchmarks.measures import METRICS
 from benchmarks.record import Record
 from benchmarks.runtimes import record as runtimes
@@ -40,6 +41,8 @@ def with_fresh_tables(text: str, root: Path = ROOT) -> str:
 
 
 def _tables(root: Path, source: str, name: str | None) -> str:
+    if records.format_of(root / source) == consumers.FORMAT:
+        return consumers.table(consumers.read(root / source))
     if records.format_of(root / source) == runtimes.FORMAT:
         return runtimes.document(runtimes.read(root / source), source)
     if name is None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,6 +21,7 @@ ENVIRONMENTS = Path(__file__).resolve().parents[2] / ".consumers"
 
 PROMPT = "The three primary colours are"
 NEW_TOKENS = 24
+REASON_CHARACTERS = 240
 
 
 class Consumer(Protocol):
@@ -41,6 +43,26 @@ class Consumer(Protocol):
         Raises:
             BackendError: it does not open the export, or fails; the message is one line.
         """
+
+
+@runtime_checkable
+class MeasuringConsumer(Consumer, Protocol):
+    """One that also finds numbers, which must agree with ours."""
+
+    def measure(self, export: Path, prompt: str, new_tokens: int, dtype: str) -> Measured:
+        """What `run` returns, the numbers, and what is wrong with them.
+
+        Raises:
+            BackendError: as `run`.
+        """
+
+
+class Measured(NamedTuple):
+    """What a consumer generates and finds, and what is wrong with its numbers; None where nothing is."""
+
+    text: str
+    numbers: Mapping[str, float]
+    wrong: str | None
 
 
 @dataclass(frozen=True)
@@ -102,19 +124,29 @@ def _ends(export: Path) -> set[int]:
     return set(found) if isinstance(found, list) else {found}
 
 
-def judge(name: str, consumer: Consumer, export: Path, reference: str, new_tokens: int = NEW_TOKENS) -> Outcome:
-    """Run a consumer on an export, and compare its text with the reference."""
+def judge(name: str, consumer: Consumer, export: Path, reference: str, dtype: str) -> Outcome:
+    """Run a consumer on an export of a dtype, and compare its text with the reference."""
     versions: dict[str, str] = {}
     try:
         versions = consumer.versions()
-        text = consumer.run(export, PROMPT, new_tokens)
+        if isinstance(consumer, MeasuringConsumer):
+            found = consumer.measure(export, PROMPT, NEW_TOKENS, dtype)
+        else:
+            found = Measured(consumer.run(export, PROMPT, NEW_TOKENS), {}, None)
     except FoldawayError as error:
-        return Outcome(name, False, None, str(error), versions, {})
-    if text == reference:
-        return Outcome(name, True, text, None, versions, {})
-    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, reference, strict=False)))
-    reason = f"another text after {alike} of {len(reference)} characters"
-    return Outcome(name, False, text, reason, versions, {"same_characters": alike})
+        return Outcome(name, False, None, _without_paths(str(error), export), versions, {})
+    reason = found.wrong
+    if found.text != reference:
+        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(found.text, reference, strict=False)))
+        reason = f"another text after {alike} of {len(reference)} characters"
+    return Outcome(name, reason is None, found.text, reason, versions, found.numbers)
+
+
+def _without_paths(reason: str, export: Path) -> str:
+    """A record says nothing of where things lay, and a reason is no longer than can be read in a table."""
+    for path in (export.resolve(), export, ENVIRONMENTS, Path(sys.prefix)):
+        reason = reason.replace(str(path), path.name)
+    return reason if len(reason) <= REASON_CHARACTERS else f"{reason[:REASON_CHARACTERS]}..."
 
 
 def last_line(command: Sequence[str], timeout_seconds: float, cwd: Path | None = None) -> Any:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.consumers.base import ENVIRONMENTS, graph_of, last_line
+from benchmarks.consumers.base import ENVIRONMENTS, Measured, graph_of, last_line
 from benchmarks.scoring import language_model, logits_scorer
 from compress.errors import BackendError, require
 from exporters.onnx_session import OnnxSession, load_tokenizer
@@ -20,6 +18,8 @@ HERE = Path(__file__).resolve().parent
 RUN_SECONDS, INSTALL_SECONDS = 900.0, 3600.0
 STAMP = "installed.json"
 TASK = HERE / "capitals.yaml"
+LOGLIKELIHOOD_NATS = 1e-2
+"""How far lm-eval's log-likelihoods may be from ours in fp32; where weights are rounded, they are only measured."""
 
 VERSIONS = """
 import importlib.metadata, json, sys
@@ -121,13 +121,15 @@ class LmEval(InOurEnvironment):
         """The text that a task of lm-eval gets."""
         return str(self.answer(export, str(TASK), prompt, new_tokens)["text"])
 
-    def measure(self, export: Path) -> Mapping[str, float]:
-        """Its score on the questions, ``acc``, and how far its log-likelihoods are from ours, ``worst_nats``."""
-        found = self.answer(export, str(TASK), "One", 1)
+    def measure(self, export: Path, prompt: str, new_tokens: int, dtype: str) -> Measured:
+        """The text, the score on the questions, ``acc``, and how far log-likelihoods are from ours, ``worst_nats``."""
+        found = self.answer(export, str(TASK), prompt, new_tokens)
         theirs = [answer["loglikelihood"] for answer in found["answers"]]
         ours = loglikelihoods(export, [(answer["context"], answer["continuation"]) for answer in found["answers"]])
         worst = max(abs(our - their) for our, their in zip(ours, theirs, strict=True))
-        return {"acc": float(found["acc"]), "worst_nats": worst if math.isfinite(worst) else math.inf}
+        far = dtype == "fp32" and not worst <= LOGLIKELIHOOD_NATS
+        wrong = f"log-likelihoods {worst:.2g} nats from ours" if far else None
+        return Measured(str(found["text"]), {"acc": float(found["acc"]), "worst_nats": worst}, wrong)
 
 
 def loglikelihoods(export: Path, pairs: list[tuple[str, str]]) -> list[float]:

@@ -9,15 +9,12 @@ from pathlib import Path
 from typing import Final, Literal
 
 from benchmarks.consumers.base import NEW_TOKENS, PROMPT, Consumer, Outcome, graph_of, greedy_text, judge
-from benchmarks.consumers.python import LmEval
 from benchmarks.machine import Machine, machine
 from benchmarks.record import read_as
 from compress.schema import Strict
 from exporters.base import ExportRecord, read_export
 
 FORMAT: Final = "foldaway-consumers"
-LOGLIKELIHOOD_NATS = {"fp32": 1e-2}
-"""How far lm-eval's log-likelihoods may be from ours; where the weights are rounded, they are only measured."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def opened(path: Path, consumers: Mapping[str, Consumer]) -> Opened:
     """Open one export with each consumer."""
     record, reference = read_export(path), greedy_text(path)
     dtype = record.options.dtype
-    outcomes = tuple(_outcome(name, consumer, path, reference, dtype) for name, consumer in consumers.items())
+    outcomes = tuple(judge(name, consumer, path, reference, dtype) for name, consumer in consumers.items())
     return Opened(
         source=record.source.name,
         artifact_id=record.artifact_id,
@@ -106,17 +103,6 @@ def opened(path: Path, consumers: Mapping[str, Consumer]) -> Opened:
         reference=reference,
         outcomes=outcomes,
     )
-
-
-def _outcome(name: str, consumer: Consumer, path: Path, reference: str, dtype: str) -> Outcome:
-    """The outcome of a consumer; lm-eval is also asked questions."""
-    found = judge(name, consumer, path, reference)
-    if found.text is None or not isinstance(consumer, LmEval):
-        return found
-    numbers = {**found.numbers, **consumer.measure(path)}
-    far = numbers["worst_nats"] > LOGLIKELIHOOD_NATS.get(dtype, float("inf"))
-    reason = f"log-likelihoods {numbers['worst_nats']:.2g} nats from ours" if far else found.reason
-    return Outcome(name, found.ok and not far, found.text, reason, found.versions, numbers)
 
 
 def layout_kind(record: ExportRecord) -> str:
