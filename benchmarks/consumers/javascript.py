@@ -30,13 +30,15 @@ class Generated:
         tokens: the same as ids.
         load_seconds: from the start of loading until the model can be asked.
         decode_tokens_per_second: after the first token; None where there are fewer than two.
-        requests: the addresses that the browser asked for; empty on Node.
+        shown: what the page shows of the text; empty on Node.
+        requests: the addresses that the browser asked for; none on Node.
     """
 
     text: str
     tokens: tuple[int, ...]
     load_seconds: float
     decode_tokens_per_second: float | None
+    shown: str = ""
     requests: tuple[str, ...] = ()
 
 
@@ -103,6 +105,7 @@ class TransformersJs:
             tokens=tuple(answer["tokens"]),
             load_seconds=float(answer["load_seconds"]),
             decode_tokens_per_second=answer["decode_tokens_per_second"],
+            shown=str(answer.get("shown", "")),
             requests=tuple(answer.get("requests", ())),
         )
 

@@ -66,7 +66,7 @@ function launch(chromium, profile) {
 async function openTab(tools, requests) {
   const watch = async (sessionId) => {
     await Promise.all([
-      tools.send('Network.enable', { maxTotalBufferSize: 1, maxResourceBufferSize: 1 }, sessionId),
+      tools.send('Network.enable', { maxTotalBufferSize: 0, maxResourceBufferSize: 0 }, sessionId),
       tools.send('Target.setAutoAttach', { autoAttach: true, waitForDebuggerOnStart: true, flatten: true }, sessionId),
       tools.send('Runtime.runIfWaitingForDebugger', {}, sessionId),
     ]).catch(() => {}); // a worker may end before it is watched
@@ -93,7 +93,12 @@ async function finish(tools, tab, url) {
   await tools.send('Page.enable', {}, tab);
   await tools.send('Page.navigate', { url }, tab);
   await loaded;
-  const asked = { expression: 'finished', awaitPromise: true, returnByValue: true };
+  return evaluate(tools, tab, 'finished');
+}
+
+/** The value of an expression on the page; a promise is waited for. */
+async function evaluate(tools, tab, expression) {
+  const asked = { expression, awaitPromise: true, returnByValue: true };
   const { result, exceptionDetails } = await tools.send('Runtime.evaluate', asked, tab);
   if (exceptionDetails) throw new Error(`the page failed: ${exceptionDetails.exception?.description}`);
   return result.value;
@@ -116,7 +121,7 @@ async function main({ folder, prompt, new_tokens, threads, chromium, screenshot 
     const result = await finish(tools, tab, `${address}?${new URLSearchParams({ prompt, tokens: new_tokens, threads })}`);
     if (result.error) throw new Error(result.error);
     if (screenshot) await photograph(tools, tab, screenshot);
-    return { ...result, requests };
+    return { ...result, shown: await evaluate(tools, tab, "document.getElementById('text').textContent"), requests };
   } finally {
     browser.kill();
     await ended;

@@ -4,9 +4,9 @@ import { existsSync, readdirSync, readFileSync, statSync } from 'node:fs';
 import path from 'node:path';
 
 /**
- * Name, size in bytes, and the options of `from_pretrained`. A folder with an `onnx/` is laid out as transformers.js
- * looks for it, and its config.json says the rest. A flat folder has the graph beside config.json: "fp32" then means
- * no more than a file name without a suffix.
+ * Id, name of the model, precision, size in bytes, and the options of `from_pretrained`. A folder with an `onnx/` is
+ * laid out as transformers.js looks for it, and its config.json says the rest. A flat folder has the graph beside
+ * config.json: "fp32" then means no more than a file name without a suffix.
  */
 export function describe(folder) {
   const root = path.resolve(folder);
@@ -15,16 +15,21 @@ export function describe(folder) {
   const graphs = nested ? path.join(root, 'onnx') : root;
   const weights = readdirSync(graphs).filter((name) => /\.onnx([._]data(_\d+)?)?$/.test(name));
   const flat = { subfolder: '', dtype: 'fp32', use_external_data_format: weights.includes('model.onnx_data') };
+  const id = path.basename(root);
   return {
-    name: path.basename(root),
-    precision: precisionOf(root),
+    id,
+    name: id,
+    precision: null,
+    ...ofOurs(root),
     bytes: weights.reduce((sum, name) => sum + statSync(path.join(graphs, name)).size, 0),
     options: nested ? {} : flat,
   };
 }
 
-/** The dtype that export.json names, or nothing where another tool made the folder. */
-function precisionOf(root) {
+/** What export.json says of model and precision; nothing where another tool made the folder. */
+function ofOurs(root) {
   const file = path.join(root, 'export.json');
-  return existsSync(file) ? (JSON.parse(readFileSync(file, 'utf-8')).options?.dtype ?? null) : null;
+  if (!existsSync(file)) return {};
+  const { source, options } = JSON.parse(readFileSync(file, 'utf-8'));
+  return { name: path.basename(source.name), precision: options.dtype };
 }

@@ -7,10 +7,10 @@ import { describe } from './folder.mjs';
 import { firstLine, greedy, open } from './greedy.mjs';
 
 async function main({ folder, prompt, new_tokens, threads }) {
-  const { name, options } = describe(folder);
+  const { id, options } = describe(folder);
   library.env.allowRemoteModels = false;
   library.env.localModelPath = path.dirname(path.resolve(folder));
-  const opened = await open(library, name, { ...options, session_options: { intraOpNumThreads: threads } });
+  const opened = await open(library, id, { ...options, session_options: { intraOpNumThreads: threads } });
   const done = await greedy(opened, prompt, new_tokens);
   return { ...done, load_seconds: opened.load_seconds };
 }
