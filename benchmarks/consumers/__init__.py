@@ -6,7 +6,7 @@ that imports nothing of foldaway.
 
 from __future__ import annotations
 
-from benchmarks.consumers import python
+from benchmarks.consumers import javascript, python
 from benchmarks.consumers.base import Consumer
 
 CONSUMERS: dict[str, Consumer] = {
@@ -14,5 +14,7 @@ CONSUMERS: dict[str, Consumer] = {
     "onnxruntime-genai": python.GENAI,
     "optimum": python.OPTIMUM,
     "lm-eval": python.LM_EVAL,
+    "transformers.js-node": javascript.NODE,
+    "transformers.js-chromium": javascript.CHROMIUM,
 }
 """name -> what runs it, in the order of tables."""

@@ -41,7 +41,7 @@ def smollm2(layout: str) -> Loaded:
         keep_neurons(loaded.model, {block: torch.arange(1536 - 64 * (block % 5)) for block in range(0, 30, 2)})
         drop_attention(loaded.model, (9, 17, 25))
     if layout == "shared":
-        share_blocks(loaded.model, {10: [11], 14: [15, 16]}, generator=torch.Generator().manual_seed(0))
+        share_blocks(loaded.model, {5: [6], 18: [19]}, generator=torch.Generator().manual_seed(0))
     return loaded
 
 
