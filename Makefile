@@ -39,7 +39,7 @@ test: install  ## lint, type check and all tests of the default tier
 	exit $$status
 
 test-consumers: install  ## open exports of the demo model in the runtimes that people use; some get environments in .consumers
-	$(BIN)/python -m benchmarks.consumers --prepare $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+	$(BIN)/python -m benchmarks.consumers --prepare --only optimum $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m consumers $(PYTEST_ARGS)
 
 test-browser: install  ## open exports of the demo model in headless Chromium; as root, Debian's package of it is installed

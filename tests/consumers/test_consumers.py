@@ -16,8 +16,11 @@ from tests.consumers.conftest import Made
 
 pytestmark = pytest.mark.consumers
 
+PYTHON = [name for name in CONSUMERS if not name.startswith("transformers.js")]
+"""Those of this file; the others are test_javascript's."""
 
-@pytest.mark.parametrize("name", CONSUMERS)
+
+@pytest.mark.parametrize("name", PYTHON)
 def test_it_generates_the_text_that_our_own_session_generates(name: str, made: Made) -> None:
     CONSUMERS[name].prepare()
     found = judge(name, CONSUMERS[name], made.path, made.reference, made.dtype)
