@@ -18,8 +18,8 @@ from compress.sources import skeleton
 from compress.surgery import expand
 from deploy.recipe import CalibrationSpec, StepSpec
 from exporters import exporter_named
-from exporters.base import ExportOptions
-from exporters.to_onnx import check_layout, check_options
+from exporters.base import QUANTISED, ExportOptions
+from exporters.to_onnx import check_layout, complete
 
 LIBRARIES_BYTES = 500_000_000
 """Resident memory of Python with its libraries, before a model is there."""
@@ -82,7 +82,7 @@ def predict(
     return Prediction(parameters, parameters * item_size, memory, minutes, layout_of(shape).kind)
 
 
-BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0}
+BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "int8": 8.0, "int4": 4.0}
 
 
 def predict_export(model: str, to: str, options: ExportOptions) -> tuple[int, int]:
@@ -95,16 +95,20 @@ def predict_export(model: str, to: str, options: ExportOptions) -> tuple[int, in
     exporter_named(to)
     shape = skeleton(model)
     if to == "onnx":
-        check_options(options)
+        options = complete(options)
         check_layout(shape)
     if options.expand:
         expand(shape)
     parameters = budget.count(shape).total
     default = "fp32" if to == "onnx" else str(shape.dtype).removeprefix("torch.").replace("float", "fp")
     dtype = options.dtype or default
-    # int4 stores a scale of 32 bits for each block of weights.
-    bits = 4 + 32 / options.block_size if dtype == "int4" else BITS[dtype]
-    return parameters, int(parameters * bits / 8)
+    if dtype not in QUANTISED or options.block_size is None:
+        return parameters, int(parameters * BITS[dtype] / 8)
+    tables = {shape.get_input_embeddings().weight, shape.get_output_embeddings().weight}
+    embeddings = sum(table.numel() for table in tables)
+    scale = BITS["fp32"] / options.block_size
+    bits = [BITS[each] + (scale if each in QUANTISED else 0) for each in (dtype, options.embeddings or dtype)]
+    return parameters, int(((parameters - embeddings) * bits[0] + embeddings * bits[1]) / 8)
 
 
 def _memory(shape: PreTrainedModel, length: int) -> int:

@@ -24,6 +24,7 @@ from benchmarks.gate import GateFile
 from compress.methods import method_config, takes_list
 from compress.schema import Strict, read_yaml
 from exporters.base import ExportOptions
+from exporters.to_onnx import complete
 
 PROMPTS = (
     "Explain to a ten-year-old why the sky is blue.",
@@ -90,13 +91,16 @@ class ExportSpec(Strict):
     """What is served: both sides are exported alike."""
 
     to: Literal["onnx"] = "onnx"
-    dtype: Literal["fp32", "int4"] = "int4"
-    block_size: int = 32
-    accuracy_level: int = 4
+    dtype: Literal["fp32", "fp16", "int8", "int4"] = "int4"
+    block_size: int | None = None
+    algorithm: str | None = None
+    embeddings: str | None = None
+    accuracy_level: int | None = None
+    max_kl: float | None = None
 
     def options(self) -> ExportOptions:
         """As the exporters take them."""
-        return ExportOptions(self.dtype, self.block_size, self.accuracy_level)
+        return complete(ExportOptions(**self.model_dump(exclude={"to"})))
 
     @model_validator(mode="after")
     def _values_exist(self) -> ExportSpec:

@@ -114,7 +114,7 @@ class CalibrationsSpec(Strict):
 class ExportsSpec(Strict):
     """Cells that are exported as well, and measured beside the dense model's export, one after the other."""
 
-    dtype: Literal["fp32", "int4"] = "int4"
+    dtype: Literal["fp32", "fp16", "int8", "int4"] = "int4"
     sparsities: tuple[float, ...] = Field(min_length=1)
     labels: tuple[str, ...] = Field(min_length=1)
     prompt_tokens: int = Field(default=128, ge=1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,20 +25,33 @@ from exporters.parity import Parity
 EXPORT_FILE = "export.json"
 VERSION = 1
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-WEIGHT_SUFFIXES = (".onnx", ".onnx.data", ".safetensors")
+ALGORITHMS = ("rtn", "k-quant", "hqq")
+QUANTISED = ("int8", "int4")
+EMBEDDINGS = ("fp32", *QUANTISED)
+PROVIDERS = ("cpu", "cuda", "webgpu", "dml")
+LAYOUTS = {"flat": "", "transformersjs": "onnx/"}
+"""Layout of an ONNX folder -> where the graph lies in it."""
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized", "int4": "_q4"}
+"""dtype -> what transformers.js adds to the name of the graph."""
+WEIGHT_SUFFIXES = (".onnx", ".onnx_data", ".safetensors")
 PACKAGES = ("foldaway", "torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to store the weights.
+    """How to store the weights. None is the format's own choice.
 
     Attributes:
-        dtype: ``"fp32"`` or ``"int4"`` for onnx; ``"fp32"``, ``"fp16"`` or ``"bf16"`` for hf. None is the format's own
-            choice: fp32 for onnx, as the source has them for hf.
-        block_size: int4 only: weights along the input dimension that share one scale.
-        accuracy_level: int4 only: the least that onnxruntime computes activations in: 1 fp32, 2 fp16, 3 bf16, 4 int8;
-            0 leaves it open.
+        dtype: onnx: ``"fp32"`` (default), ``"fp16"``, ``"int8"`` or ``"int4"``; hf: ``"fp32"``, ``"fp16"``, ``"bf16"``
+            (as the source has them).
+        block_size: int8 and int4: weights along the input dimension that share one scale (64, 32).
+        algorithm: int8 and int4: one of ALGORITHMS, see `nbits` (rtn for int8, k-quant for int4).
+        embeddings: int8 and int4: what embedding and LM head are in, ``"int4"``, ``"int8"`` or ``"fp32"`` (int8).
+        accuracy_level: int8 and int4: the least that onnxruntime computes activations in: 1 fp32, 2 fp16, 3 bf16, 4
+            int8; 0 leaves it open (4 on the cpu, else 0).
+        ep: onnx: the execution provider that the graph is made for. All but cpu compute in fp16 unless dtype is fp32.
+        layout: onnx: ``"flat"``, or ``"transformersjs"`` with the graph in a folder of its own.
+        max_kl: onnx: the largest divergence from the source that is let pass, nats per token (by dtype).
         expand: hf only: blocks that share weights get copies of their own.
 
     Raises:
@@ -46,15 +59,36 @@ class ExportOptions:
     """
 
     dtype: str | None = None
-    block_size: int = 32
-    accuracy_level: int = 4
+    block_size: int | None = None
+    algorithm: str | None = None
+    embeddings: str | None = None
+    accuracy_level: int | None = None
+    ep: str = "cpu"
+    layout: str = "flat"
+    max_kl: float | None = None
     expand: bool = False
 
     def __post_init__(self) -> None:
-        if self.block_size not in BLOCK_SIZES:
-            raise ConfigError(f"block_size={self.block_size}: possible are {', '.join(map(str, BLOCK_SIZES))}")
-        if self.accuracy_level not in range(5):
-            raise ConfigError(f"accuracy_level={self.accuracy_level}: possible are 0 (open), 1, 2, 3, 4")
+        choices: dict[str, tuple[object, ...]] = {
+            "block_size": BLOCK_SIZES,
+            "algorithm": ALGORITHMS,
+            "embeddings": EMBEDDINGS,
+            "accuracy_level": tuple(range(5)),
+            "ep": PROVIDERS,
+            "layout": tuple(LAYOUTS),
+        }
+        for name, possible in choices.items():
+            value = getattr(self, name)
+            if value is not None and value not in possible:
+                raise ConfigError(f"{name}={value}: possible are {', '.join(map(str, possible))}")
+        if self.max_kl is not None and not self.max_kl > 0:
+            raise ConfigError(f"max_kl={self.max_kl}: give nats per token, more than 0")
+
+    @property
+    def graph(self) -> str:
+        """The graph's file in an ONNX folder."""
+        suffix = SUFFIXES[self.dtype or "fp32"] if self.layout == "transformersjs" else ""
+        return f"{LAYOUTS[self.layout]}model{suffix}.onnx"
 
 
 @dataclass(frozen=True)
@@ -94,11 +128,16 @@ class SourceEntry(Strict):
 
 
 class OptionsEntry(Strict):
-    """`ExportOptions`, with the dtype that was chosen."""
+    """`ExportOptions`, with what was chosen where nothing was asked; None: without meaning for this export."""
 
     dtype: str
-    block_size: int
-    accuracy_level: int
+    block_size: int | None = None
+    algorithm: str | None = None
+    embeddings: str | None = None
+    accuracy_level: int | None = None
+    ep: str = "cpu"
+    layout: str = "flat"
+    max_kl: float | None = None
     expand: bool = False
 
 
@@ -153,6 +192,18 @@ def choose_dtype(to: str, options: ExportOptions, possible: tuple[str, ...], def
     return options.dtype or default
 
 
+def check_unused(options: ExportOptions, what: str, used: Collection[str]) -> None:
+    """Refuse options that an export has no use for.
+
+    Raises:
+        ConfigError: naming the first one that was set.
+    """
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if option.name not in used and value != option.default:
+            raise ConfigError(f"{option.name}={value}: the {what} export has no use for it; leave it out")
+
+
 def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model itself when its parameters have this dtype, else a copy where they have. Buffers stay as they are."""
     if all(parameter.dtype == dtype for parameter in model.parameters()):
@@ -162,8 +213,8 @@ def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return other
 
 
-def seal(folder: Path, loaded: Loaded, to: str, dtype: str, options: ExportOptions, parity: Parity) -> ExportRecord:
-    """Write export.json about the files that lie in `folder`."""
+def seal(folder: Path, loaded: Loaded, to: str, options: ExportOptions, parity: Parity) -> ExportRecord:
+    """Write export.json about the files that lie in `folder`; `options` say the dtype."""
     files = list_files(folder)
     origin = loaded.origin
     record = ExportRecord(
@@ -173,12 +224,7 @@ def seal(folder: Path, loaded: Loaded, to: str, dtype: str, options: ExportOptio
             name=origin.name, kind=origin.kind, licence=origin.licence, quantised_from=origin.quantised_from
         ),
         model_type=getattr(loaded.model.config, "base_model_type", loaded.model.config.model_type),
-        options=OptionsEntry(
-            dtype=dtype,
-            block_size=options.block_size,
-            accuracy_level=options.accuracy_level,
-            expand=options.expand,
-        ),
+        options=OptionsEntry.model_validate(asdict(options)),
         blocks=layout_of(loaded.model).block_configs(),
         parity=parity,
         parameters=budget.count(loaded.model).total,

@@ -16,7 +16,7 @@ weights that several nodes read, so memory follows what is stored, and without p
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from compress.errors import BackendError, ConfigError, first_line, require
 from exporters.base import is_export, read_export
 
-KV = tuple[tuple[NDArray[np.float32], NDArray[np.float32]], ...]
-"""One (key, value) per attention, each float32 (B, K, capacity, head_dim) and C-contiguous. A row's first `length`
-positions count; the rest is free room. A tuple, because the session remembers which buffers it has bound."""
+KV = tuple[tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]], ...]
+"""One (key, value) per attention, each (B, K, capacity, head_dim), C-contiguous, of the session's `kv_dtype`. A row's
+first `length` positions count; the rest is free room. A tuple, because the session remembers which buffers it has
+bound."""
+
+FLOATS = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+"""What caches and logits may be."""
 
 MODEL_FILE = "model.onnx"
+LOGITS_FROM = "logits_from"
+"""An input with a default: the first position of a run whose logits are wanted. Who does not know it gets all."""
 PREFILL_CHUNK = 64
-"""Tokens per run while prefilling. The graph returns logits of every position, T x V x 4 bytes: small runs keep that
-small."""
+"""Tokens per run while prefilling: enough for matrices to be read seldom, and what a run holds stays small."""
 
 GRAPH_INPUTS = "input_ids, attention_mask and past_key_values.N.{key,value}"
 HOW_TO_EXPORT = "make one with `foldaway export MODEL --to onnx -o DIR`"
@@ -51,17 +56,29 @@ class OnnxSession:
         head_dim: numbers per head.
         vocab_size: width of the logits.
         context_length: the most tokens that positions exist for.
+        kv_dtype: of the caches: float32, or float16 in a graph that computes in it.
         config: config.json of the export.
         artifact_id: the artifact the export was made from, None for a model that is no artifact.
     """
 
-    def __init__(self, path: Path | str, *, threads: int | None = None, graph: str = MODEL_FILE) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        threads: int | None = None,
+        graph: str | None = None,
+        initializers: Mapping[str, Any] | None = None,
+        spin: bool = True,
+    ) -> None:
         """Load the graph in `path`.
 
         Args:
             path: an export folder made by ``to_onnx``.
             threads: threads of one run; None lets onnxruntime take one per physical core.
-            graph: the file to load, if the folder holds several.
+            graph: the file to load; None is the one that the export says.
+            initializers: name -> ``OrtValue`` to take instead of what the file holds; kept by the caller.
+            spin: let threads wait for work actively: faster where nothing else wants the cores, and far slower where
+                something does.
 
         Raises:
             BackendError: no graph or config.json there, one that onnxruntime cannot load, or a graph with other inputs
@@ -72,13 +89,17 @@ class OnnxSession:
             raise ConfigError(f"threads={threads}: give 1 or more, or nothing for one per core")
         ort = require("onnxruntime", "onnx")
         self.path = Path(path)
-        model_file = self.path / graph
+        model_file = self.path / (graph or graph_of(self.path) or MODEL_FILE)
         if not model_file.is_file():
-            raise BackendError(f"{self.path} holds no {graph}: {HOW_TO_EXPORT}")
+            raise BackendError(f"{self.path} holds no {graph or MODEL_FILE}: {HOW_TO_EXPORT}")
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
+        if not spin:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if initializers:
+            options.add_external_initializers(list(initializers), list(initializers.values()))
         try:
             self._session = ort.InferenceSession(str(model_file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exception classes share no public base
@@ -93,8 +114,13 @@ class OnnxSession:
         self._check_names(model_file, inputs, outputs)
         _, self.num_key_value_heads, _, self.head_dim = inputs["past_key_values.0.key"].shape
         self.vocab_size: int = outputs["logits"].shape[-1]
-        self._check_numbers(model_file, inputs)
+        self._check_numbers(model_file, inputs, outputs["logits"])
+        self.kv_dtype = FLOATS[inputs["past_key_values.0.key"].type]
+        self._logits_dtype = FLOATS[outputs["logits"].type]
         self.context_length: int = self.config["max_position_embeddings"]
+        chooses = any(value.name == LOGITS_FROM for value in self._session.get_overridable_initializers())
+        self._last = ort.OrtValue.ortvalue_from_numpy(np.array([-1], np.int64)) if chooses else None
+        self._all = ort.OrtValue.ortvalue_from_numpy(np.array([0], np.int64)) if chooses else None
         self._binding: Any = None
         self._bound: KV | None = None
 
@@ -111,15 +137,16 @@ class OnnxSession:
         if missing:
             raise BackendError(f"{file} is no graph of ours: it does not return {min(missing)}; {HOW_TO_EXPORT}")
 
-    def _check_numbers(self, file: Path, inputs: dict[str, Any]) -> None:
-        """What is read from the graph and from config.json must be numbers, and caches alike and in fp32."""
+    def _check_numbers(self, file: Path, inputs: dict[str, Any], logits: Any) -> None:
+        """What is read from the graph and from config.json must be numbers, and caches alike, in fp32 or fp16."""
         sizes = (self.num_key_value_heads, self.head_dim, self.vocab_size)
         caches = [inputs[name] for pair in self._past for name in pair]
-        alike = all((c.type, c.shape[1], c.shape[3]) == ("tensor(float)", *sizes[:2]) for c in caches)
-        if not alike or not all(isinstance(size, int) for size in sizes):
+        alike = len({(cache.type, cache.shape[1], cache.shape[3]) for cache in caches}) == 1
+        known = caches[0].type in FLOATS and logits.type in FLOATS
+        if not alike or not known or not all(isinstance(size, int) for size in sizes):
             raise BackendError(
-                f"{file} is no graph of ours: its past_key_values are not alike, not fp32, or of no fixed head size; "
-                f"{HOW_TO_EXPORT}"
+                f"{file} is no graph of ours: its past_key_values are not alike, neither fp32 nor fp16, or of no fixed "
+                f"head size; {HOW_TO_EXPORT}"
             )
         if not isinstance(self.config.get("max_position_embeddings"), int):
             raise BackendError(
@@ -129,10 +156,10 @@ class OnnxSession:
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits of every position in one forward without a past: int64 (B, T) -> float32 (B, T, V)."""
         ids = np.ascontiguousarray(tokens.numpy(), dtype=np.int64)
-        empty = np.zeros((ids.shape[0], self.num_key_value_heads, 0, self.head_dim), np.float32)
+        empty = np.zeros((ids.shape[0], self.num_key_value_heads, 0, self.head_dim), self.kv_dtype)
         feeds = {name: empty for pair in self._past for name in pair}
         feeds |= {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-        return torch.from_numpy(self._session.run(["logits"], feeds)[0])
+        return torch.from_numpy(self._session.run(["logits"], feeds)[0].astype(np.float32, copy=False))
 
     def decode(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
         """Logits (V,) after each of the tokens (T,), computed one token at a time with a cache: for parity."""
@@ -144,7 +171,7 @@ class OnnxSession:
     def empty_cache(self, batch: int, capacity: int) -> KV:
         """A cache with room for `capacity` tokens in each of `batch` rows, all zeros."""
         shape = (batch, self.num_key_value_heads, capacity, self.head_dim)
-        return tuple((np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in range(self.num_layers))
+        return tuple((np.zeros(shape, self.kv_dtype), np.zeros(shape, self.kv_dtype)) for _ in range(self.num_layers))
 
     def prefill(self, tokens: NDArray[np.int64], *, capacity: int | None = None) -> tuple[NDArray[np.float32], KV]:
         """Read one prompt.
@@ -170,7 +197,7 @@ class OnnxSession:
         kv = self.empty_cache(1, room)
         for start in range(0, length, PREFILL_CHUNK):
             chunk = tokens[:, start : start + PREFILL_CHUNK]
-            logits = self._run(chunk, np.ones((1, start + chunk.shape[1]), np.int64), kv)
+            logits = self._run(chunk, np.ones((1, start + chunk.shape[1]), np.int64), kv, last=True)
         return logits[0, -1], kv
 
     def step(self, tokens: NDArray[np.int64], kv: KV, lengths: NDArray[np.int64]) -> tuple[NDArray[np.float32], KV]:
@@ -194,32 +221,48 @@ class OnnxSession:
         mask = (np.arange(total) <= np.asarray(lengths)[:, None]).astype(np.int64)
         return self._run(tokens, mask, kv)[:, 0], kv
 
-    def _run(self, tokens: NDArray[np.int64], mask: NDArray[np.int64], kv: KV) -> NDArray[np.float32]:
-        """One run that appends to `kv` in place; float32 (B, T, V)."""
+    def _run(
+        self, tokens: NDArray[np.int64], mask: NDArray[np.int64], kv: KV, *, last: bool = False
+    ) -> NDArray[np.float32]:
+        """One run that appends to `kv` in place; float32 (B, T, V), or (B, 1, V) of the last token where it can."""
         if kv is not self._bound:
             self._bind(kv)
         tokens = np.ascontiguousarray(tokens, dtype=np.int64)
-        logits = np.empty((*tokens.shape, self.vocab_size), np.float32)
+        rows = tokens.shape[1]
+        if self._last is not None:
+            rows = 1 if last else rows
+            self._binding.bind_ortvalue_input(LOGITS_FROM, self._last if last else self._all)
+        logits = np.empty((len(tokens), rows, self.vocab_size), self._logits_dtype)
         self._binding.bind_cpu_input("input_ids", tokens)
         self._binding.bind_cpu_input("attention_mask", mask)
-        self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self._binding.bind_output("logits", "cpu", 0, self._logits_dtype.type, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(self._binding)
-        return logits
+        return logits.astype(np.float32, copy=False)
 
     def _bind(self, kv: KV) -> None:
         """Bind each cache buffer as past and as present, which makes GroupQueryAttention append in place."""
         self._binding = self._session.io_binding()
         for past, present, pair in zip(self._past, self._present, kv, strict=True):
             for past_name, present_name, buffer in zip(past, present, pair, strict=True):
-                if buffer.dtype != np.float32 or not buffer.flags.c_contiguous:
-                    raise ConfigError("cache buffers must be float32 and C-contiguous: make them with empty_cache")
+                if buffer.dtype != self.kv_dtype or not buffer.flags.c_contiguous:
+                    raise ConfigError(
+                        f"cache buffers must be {self.kv_dtype} and C-contiguous: make them with empty_cache"
+                    )
                 self._binding.bind_cpu_input(past_name, buffer)
-                self._binding.bind_output(present_name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
+                self._binding.bind_output(present_name, "cpu", 0, self.kv_dtype.type, buffer.shape, buffer.ctypes.data)
         self._bound = kv
 
     def unbind(self) -> None:
         """Let go of the cache of the last run, which would be kept until the next run with another one."""
         self._binding = self._bound = None
+
+
+def graph_of(folder: Path) -> str | None:
+    """The graph in a folder, from there: the one that export.json names, or ``model.onnx``; None: there is none."""
+    names = [MODEL_FILE]
+    if is_export(folder):
+        names = [name for name in read_export(folder).files if name.endswith(".onnx")]
+    return next((name for name in names if (folder / name).is_file()), None)
 
 
 def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:

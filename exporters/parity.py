@@ -50,6 +50,9 @@ class Parity:
             or rounded: a whole forward of those weights, both in full precision.
         tolerance: the largest difference allowed: in decoding, and in the whole forward where the weights are exact.
         min_argmax_agreement: the smallest agreement allowed in the whole forward.
+        kl: KL(source || export) of the next token, whole forwards, mean over tokens, in nats.
+        perplexity_ratio: of the export over the source, on the tokens compared; None for rows of one token.
+        max_kl: the largest divergence allowed; None: not limited.
     """
 
     max_abs_difference: float
@@ -61,6 +64,9 @@ class Parity:
     decode_against: Literal["source", "export"]
     tolerance: float
     min_argmax_agreement: float
+    kl: float | None = None
+    perplexity_ratio: float | None = None
+    max_kl: float | None = None
 
 
 def check(
@@ -70,6 +76,7 @@ def check(
     *,
     tolerance: float,
     min_argmax_agreement: float,
+    max_kl: float | None = None,
     full_precision: Side | None = None,
     progress: Progress = no_progress,
 ) -> Parity:
@@ -86,6 +93,7 @@ def check(
         tolerance: the largest logit difference.
         min_argmax_agreement: the smallest share of positions where the whole forwards prefer the same token. Even an
             exact export needs less than 1: two tokens within rounding of each other may change places.
+        max_kl: the largest mean divergence from the source, nats per token.
         full_precision: of an export whose weights are not the source's: the weights it stores, computed without
             rounding activations.
         progress: told of each token decoded.
@@ -93,12 +101,16 @@ def check(
     Raises:
         ParityError: a limit is not kept.
     """
-    full, stepped, read = _Distance(), _Distance(), _Distance()
+    full, stepped, read, quality = _Distance(), _Distance(), _Distance(), _Quality()
     cached = full_precision or export
     for index, row in enumerate(tokens):
         reference = source(row[None])[0].float()
-        full.add(reference, export.whole(row[None])[0].float())
-        target = full_precision.whole(row[None])[0].float() if full_precision else reference
+        whole = export.whole(row[None])[0].float()
+        full.add(reference, whole)
+        quality.add(reference, whole, row)
+        target = reference
+        if full_precision:
+            target = whole if full_precision is export else full_precision.whole(row[None])[0].float()
         if cached.prefill is not None:
             read.add(target[-1], cached.prefill(row).float())
         for position, logits in enumerate(cached.decode(row)):
@@ -114,6 +126,9 @@ def check(
         decode_against="export" if full_precision else "source",
         tolerance=tolerance,
         min_argmax_agreement=min_argmax_agreement,
+        kl=quality.kl,
+        perplexity_ratio=quality.perplexity_ratio,
+        max_kl=max_kl,
     )
     _judge(parity, exact=full_precision is None)
     return parity
@@ -140,6 +155,33 @@ class _Distance:
         return self.agreed / self.tokens
 
 
+@dataclass
+class _Quality:
+    """Divergence and likelihood so far."""
+
+    nats: float = 0.0
+    tokens: int = 0
+    lost: float = 0.0
+    targets: int = 0
+
+    def add(self, source: Tensor, export: Tensor, row: Tensor) -> None:
+        """Take in logits (T, V) of both after each token of a row (T,)."""
+        ours, theirs = source.log_softmax(-1), export.log_softmax(-1)
+        self.nats += float((ours.exp() * (ours - theirs)).sum())
+        self.tokens += len(row)
+        targets = row[1:, None]
+        self.lost += float((ours[:-1].gather(1, targets) - theirs[:-1].gather(1, targets)).sum())
+        self.targets += len(targets)
+
+    @property
+    def kl(self) -> float:
+        return math.inf if math.isnan(self.nats) else self.nats / self.tokens
+
+    @property
+    def perplexity_ratio(self) -> float | None:
+        return math.exp(min(self.lost / self.targets, 700.0)) if self.targets else None
+
+
 def _judge(parity: Parity, *, exact: bool) -> None:
     wrong = "the export does not compute what its source does, and was discarded"
     differences = {"decoding with a cache": parity.decode_max_abs_difference}
@@ -152,4 +194,8 @@ def _judge(parity: Parity, *, exact: bool) -> None:
         raise ParityError(
             f"{wrong}: both prefer the same token at {parity.argmax_agreement:.1%} of {parity.tokens} positions, "
             f"wanted is {parity.min_argmax_agreement:.0%}"
+        )
+    if parity.max_kl is not None and parity.kl is not None and parity.kl > parity.max_kl:
+        raise ParityError(
+            f"{wrong}: it diverges from its source by {parity.kl:.3g} nats per token, and max_kl={parity.max_kl:g}"
         )

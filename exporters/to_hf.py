@@ -29,7 +29,7 @@ from compress.layout import Layout, layout_of
 from compress.result import Progress, no_progress
 from compress.sources import Loaded, auto_class
 from compress.surgery import clone, expand
-from exporters.base import Exported, ExportOptions, choose_dtype, exported, in_dtype, seal
+from exporters.base import Exported, ExportOptions, check_unused, choose_dtype, exported, in_dtype, seal
 from exporters.parity import Decode, Parity, Side, check
 
 TOLERANCE = 1e-3
@@ -56,6 +56,7 @@ def export(
     """
     stored = next((name for name, dtype in DTYPES.items() if dtype == loaded.model.dtype), "fp32")
     dtype = choose_dtype("hf", options, tuple(DTYPES), default=stored)
+    check_unused(options, "hf", ("dtype", "expand"))
     model = in_dtype(loaded.model, DTYPES[dtype])
     if options.expand:
         model = clone(model)
@@ -64,7 +65,9 @@ def export(
         write_model(model, loaded.tokenizer, folder, loaded.processor)
         parity = _check_parity(loaded.model, model, folder, check_tokens, progress)
         (folder / "README.md").write_text(_card(loaded, dtype, layout_of(model), parity), encoding="utf-8")
-        record = seal(folder, dataclasses.replace(loaded, model=model), "hf", dtype, options, parity)
+        record = seal(
+            folder, dataclasses.replace(loaded, model=model), "hf", dataclasses.replace(options, dtype=dtype), parity
+        )
     return exported(path, record)
 
 

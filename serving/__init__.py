@@ -7,7 +7,7 @@ from pathlib import Path
 
 from compress.errors import ConfigError, require
 from exporters.base import is_export, read_export
-from exporters.onnx_session import MODEL_FILE
+from exporters.onnx_session import graph_of
 from serving.backend import Backend
 from serving.detokenizer import plain_decode
 from serving.onnx_backend import OnnxBackend
@@ -90,4 +90,4 @@ def _guess(path: str | Path) -> str:
     folder = Path(path).expanduser()
     if is_export(folder):
         return "onnx" if read_export(folder).to == "onnx" else "torch"
-    return "onnx" if (folder / MODEL_FILE).is_file() else "torch"
+    return "onnx" if graph_of(folder) else "torch"

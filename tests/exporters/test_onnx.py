@@ -24,8 +24,9 @@ from compress.methods import METHODS, method_config
 from compress.result import CompressedModel
 from compress.sources import Loaded, Origin
 from compress.surgery import drop_attention, drop_ffn, keep_neurons
-from exporters import Exported, ExportOptions, export, onnx_session, read_export, to_onnx
+from exporters import Exported, ExportOptions, export, onnx_file, onnx_graph, onnx_session, read_export, to_onnx
 from exporters.base import in_dtype
+from exporters.nbits import quantise
 from exporters.onnx_session import OnnxSession, load_tokenizer
 from tests.conftest import CONTEXT, TINY, byte_tokenizer, tiny, token_rows
 
@@ -39,7 +40,7 @@ LONG_ROPE: dict[str, Any] = {
         "long_factor": [2.0 + 0.5 * i for i in range(8)],
     },
 }
-BUILDABLE = sorted(to_onnx.BUILDERS)
+BUILDABLE = sorted(onnx_graph.BUILDERS)
 ORIGIN = Origin("tiny", "folder", licence="Apache-2.0", artifact_id="0123456789abcdef")
 TOKENS = token_rows(rows=2, length=40).tokens
 
@@ -81,6 +82,113 @@ def test_an_fp32_export_computes_what_its_source_does(
     assert parity.argmax_agreement == parity.decode_argmax_agreement == 1.0
     assert parity.tokens == parity.decode_tokens == TOKENS.numel()
     assert parity.decode_against == "source"
+
+
+@pytest.mark.parametrize("model_type", BUILDABLE)
+def test_a_graph_in_fp16_stores_half_and_computes_in_fp32(model_type: str, tmp_path: Path) -> None:
+    whole, half = (exported(ragged(tiny(model_type)), tmp_path / dtype, dtype) for dtype in ("fp32", "fp16"))
+    assert half.parity.decode_max_abs_difference < 1e-4
+    assert half.parity.argmax_agreement > 0.97
+    assert half.parity.kl is not None
+    assert 0 < half.parity.kl < 1e-4
+    data = [(done.path / "model.onnx_data").stat().st_size for done in (whole, half)]
+    assert data[1] < 0.7 * data[0]  # the tables of positions stay in fp32, which weighs in so small a model
+    assert OnnxSession(half.path).kv_dtype == np.float32
+
+
+@pytest.mark.parametrize("model_type", BUILDABLE)
+@pytest.mark.parametrize("ep", ["cuda", "webgpu", "dml"])
+def test_a_graph_for_other_providers_computes_in_fp16(model_type: str, ep: str, tmp_path: Path) -> None:
+    done = exported(tiny(model_type), tmp_path / "x", "fp16", ep=ep)
+    assert OnnxSession(done.path).kv_dtype == np.float16
+    assert 0 < done.parity.decode_max_abs_difference < 0.1
+    assert done.parity.argmax_agreement > 0.95
+    assert json.loads((done.path / "config.json").read_text())["transformers.js_config"]["kv_cache_dtype"] == "float16"
+    assert f"made for the {ep} execution provider, and was not run on it" in (done.path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("model_type", BUILDABLE)
+def test_an_int8_export_is_close_to_its_source(model_type: str, tmp_path: Path) -> None:
+    done = exported(ragged(tiny(model_type), (0, 3)), tmp_path / "x", "int8")
+    assert done.parity.decode_max_abs_difference < 1e-4
+    assert done.parity.argmax_agreement > 0.8
+    assert done.parity.kl is not None
+    assert 0 < done.parity.kl < 0.02
+    graph = onnx.load(str(done.path / "model.onnx"), load_external_data=False).graph
+    assert not [node.name for node in graph.node if node.op_type == "MatMul"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("embeddings", ["int4", "int8", "fp32"])
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_embeddings_are_stored_as_asked(embeddings: str, tied: bool, block_size: int, tmp_path: Path) -> None:
+    model = variant("llama", tie_word_embeddings=tied)
+    options = {"embeddings": embeddings, "block_size": block_size, "algorithm": "rtn", "accuracy_level": 1}
+    path = exported(model, tmp_path / "x", "int8", **options).path
+    bits = onnx_graph.BITS.get(embeddings)
+    for part in {model.get_input_embeddings(), model.get_output_embeddings()}:
+        if bits:
+            rounded = quantise(part.weight, bits, block_size, "rtn").dequantised(64)
+            part.weight = torch.nn.Parameter(rounded, requires_grad=False)
+    if tied:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    for layer in Decoder(model).blocks:
+        for linear in (module for module in layer.module.modules() if isinstance(module, torch.nn.Linear)):
+            rounded = quantise(linear.weight, 8, block_size, "rtn").dequantised(linear.in_features)
+            linear.weight = torch.nn.Parameter(rounded, requires_grad=False)
+    torch.testing.assert_close(OnnxSession(path).logits(TOKENS), logits_of(model)(TOKENS), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int4"])
+def test_the_layout_of_transformers_js_has_the_graph_in_a_folder_of_its_own(dtype: str, tmp_path: Path) -> None:
+    done = exported(tiny("llama"), tmp_path / "x", dtype, layout="transformersjs")
+    name = f"onnx/model{'_q4' if dtype == 'int4' else ''}.onnx"
+    assert {name, f"{name}_data", "config.json", "tokenizer.json", "genai_config.json"} < set(done.files)
+    told = json.loads((done.path / "config.json").read_text())["transformers.js_config"]
+    assert told["dtype"] == {"fp32": "fp32", "int4": "q4"}[dtype]
+    assert told["use_external_data_format"] == {Path(name).name: 1}
+    genai = json.loads((done.path / "genai_config.json").read_text())
+    assert genai["model"]["decoder"]["filename"] == name
+    flat = exported(tiny("llama"), tmp_path / "flat", dtype)
+    assert torch.equal(OnnxSession(done.path).logits(TOKENS), OnnxSession(flat.path).logits(TOKENS))
+
+
+def test_what_an_export_has_no_use_for_is_refused(tmp_path: Path) -> None:
+    for dtype, options, complaint in (
+        ("fp32", {"block_size": 32}, "block_size=32: the fp32 onnx export has no use for it"),
+        ("fp16", {"algorithm": "rtn"}, "algorithm=rtn: the fp16 onnx"),
+        ("int4", {"expand": True}, "expand=True: the int4 onnx"),
+    ):
+        with pytest.raises(ConfigError, match=complaint):
+            exported(tiny("llama"), tmp_path / "x", dtype, **options)
+    for options, complaint in (
+        ({"algorithm": "gguf"}, "algorithm=gguf: possible are rtn"),
+        ({"ep": "tpu"}, "ep=tpu: possible are cpu, cuda"),
+        ({"layout": "round"}, "layout=round: possible are flat"),
+        ({"max_kl": 0.0}, r"max_kl=0\.0: give nats"),
+    ):
+        with pytest.raises(ConfigError, match=complaint):
+            ExportOptions(**options)
+
+
+def test_an_export_that_diverges_by_more_than_is_let_pass_is_discarded(tmp_path: Path) -> None:
+    kl = exported(tiny("llama"), tmp_path / "x", "int8").parity.kl
+    assert kl is not None
+    assert exported(tiny("llama"), tmp_path / "y", "int8", max_kl=1.01 * kl).parity.max_kl == 1.01 * kl
+    with pytest.raises(ParityError, match=r"diverges from its source by .* nats per token, and max_kl="):
+        exported(tiny("llama"), tmp_path / "z", "int8", max_kl=0.99 * kl)
+    assert not (tmp_path / "z").exists()
+
+
+def test_who_knows_of_it_gets_the_logits_of_the_last_token_alone(tmp_path: Path) -> None:
+    session = OnnxSession(exported(tiny("llama"), tmp_path / "x").path)
+    feeds = {"input_ids": TOKENS.numpy(), "attention_mask": np.ones(TOKENS.shape, np.int64)}
+    feeds |= {name: np.zeros((2, 2, 0, 16), np.float32) for pair in session._past for name in pair}
+    (whole,) = session._session.run(["logits"], feeds)
+    (last,) = session._session.run(["logits"], feeds | {onnx_session.LOGITS_FROM: np.array([-1])})
+    assert last.shape == (2, 1, 259)
+    np.testing.assert_allclose(last, whole[:, -1:], atol=1e-5)
+    assert onnx_session.LOGITS_FROM not in [value.name for value in session._session.get_inputs()]
 
 
 @pytest.mark.parametrize("model_type", BUILDABLE)
@@ -297,7 +405,7 @@ def test_what_the_builder_raises_is_an_export_error(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(to_onnx, "builder_class", fail)
+    monkeypatch.setattr(onnx_graph, "builder_class", fail)
     with pytest.raises(ExportError, match=f"cannot express this model \\({type(error).__name__}"):
         exported(tiny("llama"), tmp_path / "x")
     assert not list(tmp_path.iterdir())
@@ -341,11 +449,11 @@ def test_the_folder_holds_what_its_readers_look_for(tmp_path: Path) -> None:
     done = exported(tiny("llama"), tmp_path / "x", "int4")
     names = {file.name for file in done.path.iterdir()}
     assert names >= {
-        "model.onnx", "model.onnx.data", "genai_config.json", "config.json", "generation_config.json", "tokenizer.json",
+        "model.onnx", "model.onnx_data", "genai_config.json", "config.json", "generation_config.json", "tokenizer.json",
         "tokenizer_config.json", "chat_template.jinja", "export.json", "README.md",
     }  # fmt: skip
     assert set(done.files) == names - {"export.json"}
-    assert done.bytes == sum((done.path / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    assert done.bytes == sum((done.path / name).stat().st_size for name in ("model.onnx", "model.onnx_data"))
     settings = json.loads((done.path / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert settings["model_max_length"] == CONTEXT
@@ -357,24 +465,39 @@ def test_the_folder_holds_what_its_readers_look_for(tmp_path: Path) -> None:
     assert "license: apache-2.0" in (done.path / "README.md").read_text()
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "int4"])
-def test_tied_embeddings_are_stored_once(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "bytes_each"), [("fp32", 4), ("fp16", 2), ("int8", 1 + 4 / 64), ("int4", 1 + 4 / 32)]
+)
+def test_tied_embeddings_are_stored_once(dtype: str, bytes_each: float, tmp_path: Path) -> None:
     sizes = {
         tied: exported(variant("llama", tie_word_embeddings=tied), tmp_path / str(tied), dtype).bytes
         for tied in (True, False)
     }
-    table = 259 * 64 * 4  # an untied table of embeddings stays in fp32, in both
-    assert 0.9 * table < sizes[False] - sizes[True] < 1.1 * table
+    table = 259 * 64 * bytes_each
+    assert 0.9 * table < sizes[False] - sizes[True] < 1.1 * table + onnx_file.PAGE
 
 
-def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
-    first, second = (exported(ragged(tiny("phi3")), tmp_path / name, "int4").path for name in "ab")
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int4"])
+def test_the_same_model_gives_the_same_bytes(dtype: str, tmp_path: Path) -> None:
+    first, second = (exported(ragged(tiny("phi3")), tmp_path / name, dtype).path for name in "ab")
     for file in first.iterdir():
         assert file.read_bytes() == (second / file.name).read_bytes(), file.name
 
 
-@pytest.mark.parametrize("options", [{"block_size": 16}, {"accuracy_level": 1}])
-def test_every_option_of_int4_matters(options: dict[str, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"block_size": 16},
+        {"accuracy_level": 1},
+        {"algorithm": "hqq"},
+        {"algorithm": "k-quant"},
+        {"embeddings": "int4"},
+        {"embeddings": "fp32"},
+        {"ep": "webgpu"},
+    ],
+    ids=str,
+)
+def test_every_option_of_int4_matters(options: dict[str, Any], tmp_path: Path) -> None:
     usual, other = (
         exported(tiny("llama"), tmp_path / "a", "int4"),
         exported(tiny("llama"), tmp_path / "b", "int4", **options),
@@ -420,13 +543,13 @@ def test_what_the_builder_does_not_know_is_refused_with_the_reason(model_type: s
 def test_an_export_that_computes_something_else_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = to_onnx.builder_config
+    right = onnx_graph.builder_config
 
     def wrong(config: Any, layout: Any) -> Any:
         config.rope_parameters["rope_theta"] *= 2
         return right(config, layout)
 
-    monkeypatch.setattr(to_onnx, "builder_config", wrong)
+    monkeypatch.setattr(onnx_graph, "builder_config", wrong)
     with pytest.raises(ParityError, match="a logit is off by"):
         exported(tiny("llama"), tmp_path / "deep" / "x")
     assert not list((tmp_path / "deep").iterdir())

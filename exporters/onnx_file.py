@@ -1,0 +1,53 @@
+"""Write a graph and its weights: ``NAME.onnx`` and, beside it, ``NAME.onnx_data``.
+
+Weights go to the data file one after the other, each as it is computed, so that they are never all held; what is small
+stays in the graph. The name of the data file is the one that transformers.js expects; others find it in the graph.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from compress.errors import require
+
+DATA_SUFFIX = "_data"
+INLINE_BYTES = 256
+"""Up to here a tensor stays in the graph, where runtimes look for the numbers that shapes depend on."""
+PAGE = 4096
+"""A tensor that is mapped begins a page."""
+
+
+def save(model: Any, file: Path) -> None:
+    """Write a model.
+
+    Args:
+        model: an ``onnx_ir.Model``; afterwards its large initialisers are those in the file.
+        file: of the graph; the data file is named after it.
+    """
+    onnx_ir = require("onnx_ir", "onnx")
+    model.graph.sort()
+    data = file.with_name(file.name + DATA_SUFFIX)
+    with data.open("wb") as out:
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor.nbytes > INLINE_BYTES:
+                offset = _append(out, tensor)
+                value.const_value = onnx_ir.ExternalTensor(
+                    data.name,
+                    offset,
+                    tensor.nbytes,
+                    tensor.dtype,
+                    shape=tensor.shape,
+                    name=tensor.name,
+                    base_dir=data.parent,
+                )
+    onnx_ir.save(model, file)
+
+
+def _append(out: BinaryIO, tensor: Any) -> int:
+    """Write a tensor, and say where."""
+    out.write(bytes(-out.tell() % (PAGE if tensor.nbytes >= PAGE else 64)))
+    offset = out.tell()
+    out.write(tensor.tobytes())
+    return offset
