@@ -1,4 +1,5 @@
-// node chromium.mjs '{"folder": DIR, "prompt": TEXT, "new_tokens": N, "threads": N, "chromium": FILE, "screenshot": FILE or null}'
+// node chromium.mjs '{"folder": DIR, "prompt": TEXT, "new_tokens": N, "threads": N, "chromium": FILE,
+//                     "screenshot": FILE or null}'
 // Lets a headless Chromium open the page and generate; the last line of stdout is one JSON object.
 // Chromium is driven through the DevTools protocol on two pipes, which needs no library and no port.
 
@@ -118,7 +119,8 @@ async function main({ folder, prompt, new_tokens, threads, chromium, screenshot 
     const tools = new DevTools(browser);
     const requests = [];
     const tab = await openTab(tools, requests);
-    const result = await finish(tools, tab, `${address}?${new URLSearchParams({ prompt, tokens: new_tokens, threads })}`);
+    const asked = new URLSearchParams({ prompt, tokens: new_tokens, threads });
+    const result = await finish(tools, tab, `${address}?${asked}`);
     if (result.error) throw new Error(result.error);
     if (screenshot) await photograph(tools, tab, screenshot);
     return { ...result, shown: await evaluate(tools, tab, "document.getElementById('text').textContent"), requests };

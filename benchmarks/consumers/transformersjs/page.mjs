@@ -11,7 +11,7 @@ function ask(message) {
     worker.onerror = (event) => reject(new Error(event.message ?? 'the worker did not start'));
     worker.onmessage = ({ data }) => {
       if (data.kind === 'text') $('text').textContent += data.text;
-      if (data.kind === 'progress') Object.assign($('progress'), { value: data.loaded, max: data.total });
+      if (data.kind === 'progress') $('progress').value = data.bytes;
       if (data.kind === 'done') resolve(data.result);
       if (data.kind === 'failed') reject(new Error(data.message));
     };
@@ -22,9 +22,11 @@ function ask(message) {
 async function open() {
   const about = await (await fetch('about.json')).json();
   const threads = Number(asked.get('threads')) || Math.min(4, navigator.hardwareConcurrency);
+  $('progress').max = about.bytes;
   const megabytes = `${(about.bytes / 1e6).toFixed(0)} MB`;
   $('name').textContent = about.name;
-  $('facts').textContent = [about.precision, megabytes, 'runs in this browser, nothing leaves it'].filter(Boolean).join(' · ');
+  const facts = [about.precision, megabytes, 'runs in this browser, nothing leaves it'];
+  $('facts').textContent = facts.filter(Boolean).join(' · ');
   const { load_seconds } = await ask({ kind: 'open', options: about.options, threads });
   $('progress').hidden = true;
   $('go').disabled = false;

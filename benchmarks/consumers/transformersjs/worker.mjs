@@ -17,8 +17,11 @@ let opened;
 const answers = {
   async open({ options, threads }) {
     env.backends.onnx.wasm.numThreads = threads;
-    const progress_callback = ({ status, loaded, total }) => {
-      if (status === 'progress_total') postMessage({ kind: 'progress', loaded, total });
+    const loaded = {}; // bytes of each file
+    const progress_callback = (event) => {
+      if (event.status !== 'progress') return;
+      loaded[event.file] = event.loaded;
+      postMessage({ kind: 'progress', bytes: Object.values(loaded).reduce((sum, bytes) => sum + bytes, 0) });
     };
     opened = await open(library, 'model', { ...options, progress_callback });
     return { load_seconds: opened.load_seconds };
