@@ -93,7 +93,7 @@ def add_delta(commands: Any) -> None:
     """``foldaway delta``, and the commands under it."""
     parser = commands.add_parser(
         "delta",
-        help="store fine-tunes as pruned deltas of their base: pack, inspect, verify, apply, diff, advise",
+        help="store fine-tunes as pruned deltas of their base: pack, inspect, verify, apply, export, diff, advise",
         description="Store a fine-tune as what it adds to its base, most of it dropped (DAREx, Deng et al. 2024).",
         epilog="Example:\n  foldaway delta pack BASE FINETUNED --set p=0.95 -o tuned.delta\n"
         "  foldaway delta apply BASE tuned.delta -o tuned",
@@ -106,11 +106,12 @@ def add_delta(commands: Any) -> None:
     _add_inspect(under)
     _add_verify(under)
     _add_apply(under)
+    _add_export(under)
     _add_diff(under)
 
 
 def _which(parser: argparse.ArgumentParser) -> int:
-    raise ConfigError(f"say which: {parser.prog} advise, pack, inspect, verify, apply or diff; see --help")
+    raise ConfigError(f"say which: {parser.prog} advise, pack, inspect, verify, apply, export or diff; see --help")
 
 
 def _add_pack(commands: Any) -> None:
@@ -244,6 +245,46 @@ def _apply(arguments: argparse.Namespace) -> int:
         apply(package, open_base(arguments.base), out, terminal.progress)
         terminal.say(f"Next: foldaway eval {out}, or foldaway serve {out}")
     return finish({"path": str(out), "delta": package.description.id, "tensors": len(package.tensors)})
+
+
+def _add_export(commands: Any) -> None:
+    parser = command(
+        commands,
+        "export",
+        _export,
+        "make the ONNX export of a fine-tune from that of its base",
+        """
+        EXPORT is the base's, as foldaway export --to onnx wrote it, in any dtype. What the package changes is computed,
+        and quantised, anew and written into a copy; the weights come out bit for bit as in an export of the fine-tune
+        itself. The result is compared with the fine-tune on real text before it appears.
+        """,
+        "foldaway delta export base-onnx tuned.delta --base base -o tuned-onnx",
+    )
+    parser.add_argument("export", metavar="EXPORT", help="an ONNX export of the base")
+    parser.add_argument("package", metavar="PACKAGE", help="a folder with delta.json")
+    parser.add_argument("--base", required=True, help=f"the base itself: {FOLDER_HELP}")
+    parser.add_argument("--text", default="builtin", metavar="SOURCE", help=f"to check on: {TEXT_HELP}")
+    parser.add_argument("--check-tokens", type=int, default=128, metavar="N", help="tokens to check on (default 128)")
+    add_output(parser, "the export's folder; must not exist yet, or be empty")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from deploy.deltas import export_delta
+
+    out, export, package = output_folder(arguments), Path(arguments.export), Path(arguments.package)
+    with open_terminal() as terminal:
+        made = export_delta(
+            export, package, arguments.base, out, arguments.text, arguments.check_tokens, terminal.progress
+        )
+        terminal.say(
+            f"{made.bytes / 1e6:.1f} MB of graph and weights; on {made.parity.tokens} tokens the first choice is that "
+            f"of the fine-tune at {made.parity.argmax_agreement:.1%}"
+        )
+        terminal.say(f"Next: foldaway serve {out}")
+    parity = dataclasses.asdict(made.parity)
+    return finish({"path": str(out), "dtype": made.dtype, "bytes": made.bytes, "parity": parity})
 
 
 def _add_diff(commands: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.arch import check_text_model
-from compress.calibration import draw
+from compress.calibration import draw, windows
 from compress.delta.advise import Advice, advise
 from compress.delta.checkpoint import Adapter, Checkpoint, model_folder, open_base, open_finetuned, roles_of
 from compress.delta.pack import Storage, pack
@@ -20,10 +20,14 @@ from compress.delta.tune import label_score, matrix_inputs, output_score, tuned
 from compress.files import check_free
 from compress.finetune import Example
 from compress.methods.darex import DarexConfig
+from compress.remote_code import base_config
 from compress.result import Progress, Run
 from compress.schema import configured
-from compress.sources import Loaded, load, stated_licence
+from compress.sources import Loaded, config_of, load, read_tokenizer, stated_licence
 from deploy.recipe import CalibrationSpec
+from exporters.base import Exported
+from exporters.onnx_delta import patch
+from exporters.onnx_graph import context_of
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[DarexConfig, Storage]:
@@ -151,6 +155,30 @@ def verify(path: Path, base: str | None, progress: Progress) -> Description:
             package.result(name, checkpoint.get(name) if entry.base is not None else None)
             progress("verifying", done, len(package.tensors))
     return package.description
+
+
+def export_delta(
+    export: Path, package: Path, base: str, path: Path, text: str, check_tokens: int, progress: Progress
+) -> Exported:
+    """Make a fine-tune's ONNX export from that of its base, and check it on text.
+
+    Args:
+        export: of the base.
+        package: of the fine-tune.
+        base: the base itself.
+        path: of the result.
+        text: source of the text to check on.
+        check_tokens: how much of it; at most the context is used.
+        progress: told of the work.
+
+    Raises:
+        ConfigError, ArtifactError, ParityError: as `exporters.onnx_delta.patch`.
+    """
+    check_free(path)
+    name = str(Package(package).folder)
+    tokenizer, context = read_tokenizer(name), context_of(base_config(config_of(name)))
+    rows = windows(text, tokenizer, length=min(check_tokens, context), count=1, context_length=context)
+    return patch(export, package, base, path, rows.tokens, progress)
 
 
 def summary(description: Description) -> list[str]:

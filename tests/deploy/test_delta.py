@@ -151,6 +151,24 @@ def test_a_fine_tune_is_made_advised_on_packed_checked_and_brought_back(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "one", "tuned", "two"]
 
 
+def test_the_export_of_a_base_becomes_that_of_a_fine_tune(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    to_onnx = ["--to", "onnx", "--dtype", "int4", "--check-tokens", "40"]
+    ran(capfd, "export", folder / "base", *to_onnx, "-o", tmp_path / "base")
+    line = ["delta", "export", tmp_path / "base", folder / "package-0.9", "--base", folder / "base"]
+    made, words = ran(capfd, *line, "--check-tokens", "1000", "-o", tmp_path / "tuned")
+    assert (made["path"], made["dtype"]) == (str(tmp_path / "tuned"), "int4")
+    assert made["parity"]["tokens"] == 64  # the model's context
+    assert f"foldaway serve {tmp_path / 'tuned'}" in words
+    ran(capfd, "delta", "apply", folder / "base", folder / "package-0.9", "-o", tmp_path / "again")
+    ran(capfd, "export", tmp_path / "again", *to_onnx, "-o", tmp_path / "direct")
+    for name in ("model.onnx", "model.onnx_data"):
+        assert (tmp_path / "tuned" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
+    shown, words = ran(capfd, "show", tmp_path / "tuned")
+    assert shown["artifact_id"] == Package(folder / "package-0.9").description.id
+
+
 def test_a_package_is_shown(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shown, words = ran(capfd, "show", folder / "package-0.9")
     description = Package(folder / "package-0.9").description
@@ -287,12 +305,18 @@ TUNE = ["finetune", "{base}", "--data", "{sums}"]
         (["delta", "apply", "{base}", "{tuned}", "-o", "{out}"], "not a delta package"),
         (["delta", "apply", "{base}", "{package}", "-o", "{tuned}"], "not empty"),
         (["delta", "apply", "{base}", "{package}"], "-o DIR"),
+        (["delta", "export", "{tuned}", "{package}", "--base", "{base}", "-o", "{out}"], "not an export"),
+        (["delta", "export", "{gone}", "{package}", "--base", "{base}", "-o", "{out}"], "not an export"),
+        (["delta", "export", "{tuned}", "{tuned}", "--base", "{base}", "-o", "{out}"], "not a delta package"),
+        (["delta", "export", "{tuned}", "{package}", "--base", "{gguf}", "-o", "{out}"], "export"),
+        (["delta", "export", "{tuned}", "{package}", "--base", "{base}", "-o", "{base}"], "not empty"),
+        (["delta", "export", "{tuned}", "{package}", "--base", "{base}"], "-o DIR"),
         (["delta", "verify", "{package}", "--base", "{other}"], "not the base"),
         (["delta", "verify", "{gone}"], "not a delta package"),
         (["delta", "inspect", "{base}"], "not a delta package"),
         (["delta", "inspect", "{file}"], "not a delta package"),
         (["delta", "diff", "{package}", "{base}"], "not a delta package"),
-        (["delta"], "advise, pack, inspect, verify, apply or diff"),
+        (["delta"], "advise, pack, inspect, verify, apply, export or diff"),
         ([*TUNE, "--set", "stepps=3", "-o", "{out}"], "'stepps'"),
         ([*TUNE, "--set", "steps=-1", "-o", "{out}"], "steps"),
         ([*TUNE, "--set", "batch=2.5", "-o", "{out}"], "batch"),
