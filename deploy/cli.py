@@ -189,17 +189,49 @@ def add_export_options(parser: Any) -> None:
         "--to", required=True, metavar="FORMAT", help="onnx (onnxruntime and what builds on it) or hf (transformers)"
     )
     parser.add_argument(
-        "--dtype", metavar="TYPE", help="onnx: fp32 or int4. hf: fp32, fp16 or bf16 (default: the format's own choice)"
+        "--dtype",
+        metavar="TYPE",
+        help="of the weights. onnx: fp32 (default), fp16, int8 or int4. hf: fp32, fp16 or bf16 (default: as they are)",
     )
-    parser.add_argument(
-        "--block-size", type=int, default=32, metavar="N", help="int4: weights that share a scale (default 32)"
+    quantised = parser.add_argument_group("int8 and int4 (docs/exporters.md says what each costs)")
+    quantised.add_argument("--algorithm", metavar="NAME", help="how weights are rounded: rtn (default), k-quant or hqq")
+    quantised.add_argument(
+        "--block-size", type=int, metavar="N", help="weights that share a scale, 16 to 256 (default: int4 32, int8 64)"
     )
-    parser.add_argument(
+    quantised.add_argument(
+        "--int8",
+        nargs="+",
+        default=(),
+        metavar="PART",
+        help="int4: parts that are stored in int8 all the same: qkv, o, gate, up, down",
+    )
+    quantised.add_argument(
+        "--embeddings", metavar="TYPE", help="of embedding and LM head: int4, int8 or fp32 (default int8)"
+    )
+    quantised.add_argument(
         "--accuracy-level",
         type=int,
-        default=4,
         metavar="N",
-        help="int4: what activations are computed in, 4 = int8, 1 = fp32",
+        help="what activations are computed in: 4 = int8 (default on the cpu), 1 = fp32, 0 = the runtime's choice",
+    )
+    onnx = parser.add_argument_group("onnx")
+    onnx.add_argument(
+        "--layout",
+        default="flat",
+        metavar="NAME",
+        help="flat (default): one folder for all runtimes; transformersjs: the graph in onnx/, named after its dtype",
+    )
+    onnx.add_argument(
+        "--ep",
+        default="cpu",
+        metavar="NAME",
+        help="execution provider to make the graph for: cpu (default), cuda, webgpu or dml; it is checked on the cpu",
+    )
+    onnx.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="refuse an export that diverges by more per token (default: by dtype)",
     )
     parser.add_argument(
         "--expand",
@@ -224,7 +256,9 @@ def export_command(arguments: argparse.Namespace) -> int:
     from exporters.base import ExportOptions
 
     exporter_named(arguments.to)
-    options = ExportOptions(arguments.dtype, arguments.block_size, arguments.accuracy_level, arguments.expand)
+    options = ExportOptions(
+        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(ExportOptions)}
+    )
     if arguments.dry_run:
         return _predict_export(arguments.path, arguments.to, options)
     out = output_folder(arguments)
@@ -238,8 +272,9 @@ def export_command(arguments: argparse.Namespace) -> int:
         made = export(loaded, out, to=arguments.to, options=options, check_tokens=tokens, progress=terminal.progress)
         parity = made.parity
         terminal.say(
-            f"{made.bytes / 1e6:.1f} MB of graph and weights; on {parity.tokens} tokens the worst logit difference is "
-            f"{parity.max_abs_difference:.2g}, and the first choice is the same at {parity.argmax_agreement:.1%}"
+            f"{made.bytes / 1e6:.1f} MB of graph and weights; on {parity.tokens} tokens the first choice is the same "
+            f"at {parity.argmax_agreement:.1%}, the divergence {parity.kl:.2g} nats per token (at most {parity.max_kl:g} "
+            f"is let pass), and the worst logit difference {parity.max_abs_difference:.2g}"
         )
         layout = layout_of(loaded.model)
         if arguments.expand and layout.kind == "shared":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -104,8 +105,8 @@ def predict_export(model: str, to: str, options: ExportOptions) -> tuple[int, in
     dtype = options.dtype or default
     if dtype not in QUANTISED or options.block_size is None:
         return parameters, int(parameters * BITS[dtype] / 8)
-    tables = {shape.get_input_embeddings().weight, shape.get_output_embeddings().weight}
-    embeddings = sum(table.numel() for table in tables)
+    head: Any = shape.get_output_embeddings()  # type: ignore[no-untyped-call]
+    embeddings = sum(table.numel() for table in {shape.get_input_embeddings().weight, head.weight})
     scale = BITS["fp32"] / options.block_size
     bits = [BITS[each] + (scale if each in QUANTISED else 0) for each in (dtype, options.embeddings or dtype)]
     return parameters, int(((parameters - embeddings) * bits[0] + embeddings * bits[1]) / 8)

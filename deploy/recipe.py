@@ -94,6 +94,7 @@ class ExportSpec(Strict):
     dtype: Literal["fp32", "fp16", "int8", "int4"] = "int4"
     block_size: int | None = None
     algorithm: str | None = None
+    int8: tuple[str, ...] = ()
     embeddings: str | None = None
     accuracy_level: int | None = None
     max_kl: float | None = None

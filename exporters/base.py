@@ -28,6 +28,8 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 ALGORITHMS = ("rtn", "k-quant", "hqq")
 QUANTISED = ("int8", "int4")
 EMBEDDINGS = ("fp32", *QUANTISED)
+PARTS = ("qkv", "o", "gate", "up", "down")
+"""Of a block: what makes queries, keys and values; the attention's output; the three matrices of the FFN."""
 PROVIDERS = ("cpu", "cuda", "webgpu", "dml")
 LAYOUTS = {"flat": "", "transformersjs": "onnx/"}
 """Layout of an ONNX folder -> where the graph lies in it."""
@@ -45,7 +47,8 @@ class ExportOptions:
         dtype: onnx: ``"fp32"`` (default), ``"fp16"``, ``"int8"`` or ``"int4"``; hf: ``"fp32"``, ``"fp16"``, ``"bf16"``
             (as the source has them).
         block_size: int8 and int4: weights along the input dimension that share one scale (64, 32).
-        algorithm: int8 and int4: one of ALGORITHMS, see `nbits` (rtn for int8, k-quant for int4).
+        algorithm: int8 and int4: one of ALGORITHMS, see `nbits` (rtn).
+        int8: int4: parts of blocks that are stored in int8 all the same, of PARTS.
         embeddings: int8 and int4: what embedding and LM head are in, ``"int4"``, ``"int8"`` or ``"fp32"`` (int8).
         accuracy_level: int8 and int4: the least that onnxruntime computes activations in: 1 fp32, 2 fp16, 3 bf16, 4
             int8; 0 leaves it open (4 on the cpu, else 0).
@@ -61,6 +64,7 @@ class ExportOptions:
     dtype: str | None = None
     block_size: int | None = None
     algorithm: str | None = None
+    int8: tuple[str, ...] = ()
     embeddings: str | None = None
     accuracy_level: int | None = None
     ep: str = "cpu"
@@ -77,8 +81,9 @@ class ExportOptions:
             "ep": PROVIDERS,
             "layout": tuple(LAYOUTS),
         }
-        for name, possible in choices.items():
-            value = getattr(self, name)
+        asked = [(name, getattr(self, name), possible) for name, possible in choices.items()]
+        asked += [("int8", part, PARTS) for part in self.int8]
+        for name, value, possible in asked:
             if value is not None and value not in possible:
                 raise ConfigError(f"{name}={value}: possible are {', '.join(map(str, possible))}")
         if self.max_kl is not None and not self.max_kl > 0:
@@ -133,6 +138,7 @@ class OptionsEntry(Strict):
     dtype: str
     block_size: int | None = None
     algorithm: str | None = None
+    int8: tuple[str, ...] = ()
     embeddings: str | None = None
     accuracy_level: int | None = None
     ep: str = "cpu"

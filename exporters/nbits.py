@@ -72,7 +72,7 @@ def quantise(weight: Tensor, bits: int, block_size: int, algorithm: str) -> Bloc
         return _rtn(weight, bits, block_size)
     padded = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % block_size))
     find = {"k-quant": _k_quant, "hqq": _hqq}[algorithm]
-    parts = [find(rows, bits, block_size) for rows in padded.split(max(1, SLICE // padded.shape[1]))]
+    parts = [find(rows, bits, block_size) for rows in torch.split(padded, max(1, SLICE // padded.shape[1]))]
     codes, scales, zeros = (np.concatenate(each) for each in zip(*parts, strict=True))
     count = scales.shape[1]
     return Blocks(
@@ -153,7 +153,7 @@ def _pack(numbers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return numbers
     numbers = np.pad(numbers, ((0, 0), (0, numbers.shape[1] % 2)))
-    return numbers[:, ::2] | (numbers[:, 1::2] << 4)
+    return np.bitwise_or(numbers[:, ::2], np.left_shift(numbers[:, 1::2], 4, dtype=np.uint8))
 
 
 def _unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

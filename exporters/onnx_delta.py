@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from compress.delta.apply import apply
 from compress.delta.checkpoint import Checkpoint, open_base
 from compress.delta.package import Package
-from compress.errors import ConfigError, require
+from compress.errors import require
 from compress.files import new_folder
 from compress.result import Progress, no_progress
 from compress.sources import Loaded, Origin, load
@@ -46,7 +46,7 @@ from exporters.base import (
 from exporters.onnx_changes import changes
 from exporters.onnx_graph import write_graph
 from exporters.onnx_session import OnnxSession
-from exporters.onnx_weights import Stored, read_graph
+from exporters.onnx_weights import Stored
 
 MERGED = "merged"
 """Folder in an unfinished export: the fine-tune, to be compared with."""
@@ -82,21 +82,10 @@ def attach(
     opened = Package(package)
     initializers = {}
     for stored, array in changes(export, opened, open_base(base) if base else None, progress):
-        if stored.offset is None:
-            raise ConfigError(
-                f"{stored.name} lies in the graph itself, not in its data file: make a copy (foldaway delta export)"
-            )
         initializers[stored.name] = ort.OrtValue.ortvalue_from_numpy(array)
-    return _Attached(export, threads, initializers, opened.description.id)
-
-
-class _Attached(OnnxSession):
-    """A session in which some initialisers are read from memory."""
-
-    def __init__(self, export: Path, threads: int | None, initializers: Mapping[str, Any], artifact_id: str) -> None:
-        super().__init__(export, threads=threads, initializers=initializers)
-        self.artifact_id = artifact_id
-        self._initializers = initializers  # onnxruntime does not copy them
+    session = OnnxSession(export, threads=threads, initializers=initializers)
+    session.artifact_id = opened.description.id
+    return session
 
 
 def patch(
@@ -132,24 +121,15 @@ def patch(
 
 
 def _write_graph(export: Path, folder: Path, changed: Iterable[tuple[Stored, NDArray[Any]]]) -> None:
-    """Copy a graph and its data file, and write over what is changed; small initialisers are in the graph itself."""
+    """Copy a graph and its data file, and write over what is changed."""
     for file in export.rglob("*"):
         if file.name.endswith(WEIGHT_SUFFIXES):
             (folder / file.relative_to(export)).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, folder / file.relative_to(export))
-    inline = {}
     for stored, array in changed:
-        if stored.offset is None:
-            inline[stored.name] = array
-        else:
-            with (folder / stored.file.relative_to(export)).open("r+b") as data:
-                data.seek(stored.offset)
-                data.write(np.ascontiguousarray(array).tobytes())
-    file, model = read_graph(export)
-    for tensor in model.graph.initializer:
-        if tensor.name in inline:
-            tensor.raw_data = inline[tensor.name].tobytes()
-    (folder / file.relative_to(export)).write_bytes(model.SerializeToString(deterministic=True))
+        with (folder / stored.file.relative_to(export)).open("r+b") as data:
+            data.seek(stored.offset)
+            data.write(np.ascontiguousarray(array).tobytes())
 
 
 def _brought_back(package: Package, base: Checkpoint, record: ExportRecord, folder: Path, progress: Progress) -> Loaded:

@@ -1,7 +1,8 @@
 """Write a graph and its weights: ``NAME.onnx`` and, beside it, ``NAME.onnx_data``.
 
-Weights go to the data file one after the other, each as it is computed, so that they are never all held; what is small
-stays in the graph. The name of the data file is the one that transformers.js expects; others find it in the graph.
+Weights go to the data file one after the other, each as it is computed, so that they are never all held; whole numbers
+stay in the graph, where runtimes look for those that shapes depend on. The name of the data file is the one that
+transformers.js expects; others find it in the graph.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from typing import Any, BinaryIO
 from compress.errors import require
 
 DATA_SUFFIX = "_data"
-INLINE_BYTES = 256
-"""Up to here a tensor stays in the graph, where runtimes look for the numbers that shapes depend on."""
 PAGE = 4096
 """A tensor that is mapped begins a page."""
 
@@ -31,7 +30,7 @@ def save(model: Any, file: Path) -> None:
     with data.open("wb") as out:
         for value in model.graph.initializers.values():
             tensor = value.const_value
-            if tensor.nbytes > INLINE_BYTES:
+            if tensor.dtype != onnx_ir.DataType.INT64:
                 offset = _append(out, tensor)
                 value.const_value = onnx_ir.ExternalTensor(
                     data.name,

@@ -246,7 +246,8 @@ class LiveModel:
         self.progress = progress
         self.onnx_ir = require("onnx_ir", "onnx")
         self.live_blocks = Decoder(live).blocks
-        self.is_tied = live.get_input_embeddings().weight is live.get_output_embeddings().weight
+        head: Any = live.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.is_tied = live.get_input_embeddings().weight is head.weight
         self.written: dict[tuple[object, ...], tuple[str, Tensor]] = {}
         self.packed: dict[tuple[int, ...], Any] = {}
         self.quantised: dict[tuple[object, ...], tuple[list[str], Sequence[Tensor]]] = {}
@@ -385,7 +386,7 @@ class LiveModel:
             return str(super().make_matmul_float(matmul, name, root_input, **kwargs))  # type: ignore[misc]
         weight = f"{name[1:].replace('/', '.')}.weight"
         is_head = name == HEAD
-        bits = BITS.get(self.options.embeddings if is_head else self.options.dtype)
+        bits = self.bits_of(name)
         if bits:
             parts = getattr(matmul, "parts", None) or [matmul.weight]
             algorithm = EMBEDDINGS_BY if is_head else self.options.algorithm
@@ -404,6 +405,15 @@ class LiveModel:
         shape = self.make_hidden_state_shape(seq_dim=kwargs.get("seq_dim", "sequence_length"), last_dim=width)
         self.make_value(output, self.io_dtype, shape)
         return name
+
+    def bits_of(self: Any, name: str) -> int | None:
+        """Of the matrix that a node multiplies with; None: it is not quantised."""
+        if name == HEAD:
+            return BITS.get(self.options.embeddings)
+        part = name.split("/")[-2].removesuffix("_proj")
+        if ("qkv" if part in ("q", "k", "v") else part) in self.options.int8:
+            return BITS["int8"]
+        return BITS.get(self.options.dtype)
 
     def make_blocks(self: Any, parts: Sequence[Tensor], name: str, bits: int, algorithm: str) -> list[str]:
         """Quantise matrices and join their outputs, once. Returns the names of codes, scales and zero points."""

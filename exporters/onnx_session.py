@@ -33,12 +33,14 @@ KV = tuple[tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]], ...]
 first `length` positions count; the rest is free room. A tuple, because the session remembers which buffers it has
 bound."""
 
-FLOATS = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+FLOATS: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 """What caches and logits may be."""
 
 MODEL_FILE = "model.onnx"
 LOGITS_FROM = "logits_from"
 """An input with a default: the first position of a run whose logits are wanted. Who does not know it gets all."""
+POSITIONS = "position_ids"
+"""Graphs whose attention does not count positions itself take them: those for dml."""
 PREFILL_CHUNK = 64
 """Tokens per run while prefilling: enough for matrices to be read seldom, and what a run holds stays small."""
 
@@ -76,7 +78,7 @@ class OnnxSession:
             path: an export folder made by ``to_onnx``.
             threads: threads of one run; None lets onnxruntime take one per physical core.
             graph: the file to load; None is the one that the export says.
-            initializers: name -> ``OrtValue`` to take instead of what the file holds; kept by the caller.
+            initializers: name -> ``OrtValue`` to take instead of what the file holds.
             spin: let threads wait for work actively: faster where nothing else wants the cores, and far slower where
                 something does.
 
@@ -98,6 +100,7 @@ class OnnxSession:
             options.intra_op_num_threads = threads
         if not spin:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._initializers = initializers  # onnxruntime reads them where they are
         if initializers:
             options.add_external_initializers(list(initializers), list(initializers.values()))
         try:
@@ -112,6 +115,7 @@ class OnnxSession:
         self._past = [(f"past_key_values.{i}.key", f"past_key_values.{i}.value") for i in range(self.num_layers)]
         self._present = [(f"present.{i}.key", f"present.{i}.value") for i in range(self.num_layers)]
         self._check_names(model_file, inputs, outputs)
+        self._takes_positions = POSITIONS in inputs
         _, self.num_key_value_heads, _, self.head_dim = inputs["past_key_values.0.key"].shape
         self.vocab_size: int = outputs["logits"].shape[-1]
         self._check_numbers(model_file, inputs, outputs["logits"])
@@ -126,7 +130,7 @@ class OnnxSession:
 
     def _check_names(self, file: Path, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
         expected = {"input_ids", "attention_mask", *(name for pair in self._past for name in pair)}
-        if self.num_layers == 0 or set(inputs) != expected:
+        if self.num_layers == 0 or set(inputs) - {POSITIONS} != expected:
             others = [name for name in inputs if not name.startswith("past_key_values.")]
             caches = f"{len(inputs) - len(others)} past_key_values"
             raise BackendError(
@@ -159,6 +163,8 @@ class OnnxSession:
         empty = np.zeros((ids.shape[0], self.num_key_value_heads, 0, self.head_dim), self.kv_dtype)
         feeds = {name: empty for pair in self._past for name in pair}
         feeds |= {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        if self._takes_positions:
+            feeds[POSITIONS] = _positions(ids, np.ones_like(ids))
         return torch.from_numpy(self._session.run(["logits"], feeds)[0].astype(np.float32, copy=False))
 
     def decode(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -232,12 +238,15 @@ class OnnxSession:
         if self._last is not None:
             rows = 1 if last else rows
             self._binding.bind_ortvalue_input(LOGITS_FROM, self._last if last else self._all)
-        logits = np.empty((len(tokens), rows, self.vocab_size), self._logits_dtype)
+        logits: NDArray[np.floating[Any]] = np.empty((len(tokens), rows, self.vocab_size), self._logits_dtype)
         self._binding.bind_cpu_input("input_ids", tokens)
         self._binding.bind_cpu_input("attention_mask", mask)
-        self._binding.bind_output("logits", "cpu", 0, self._logits_dtype.type, logits.shape, logits.ctypes.data)
+        if self._takes_positions:
+            self._binding.bind_cpu_input(POSITIONS, _positions(tokens, mask))
+        self._binding.bind_output("logits", "cpu", 0, self._logits_dtype, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(self._binding)
-        return logits.astype(np.float32, copy=False)
+        whole: NDArray[np.float32] = logits.astype(np.float32, copy=False)
+        return whole
 
     def _bind(self, kv: KV) -> None:
         """Bind each cache buffer as past and as present, which makes GroupQueryAttention append in place."""
@@ -246,15 +255,21 @@ class OnnxSession:
             for past_name, present_name, buffer in zip(past, present, pair, strict=True):
                 if buffer.dtype != self.kv_dtype or not buffer.flags.c_contiguous:
                     raise ConfigError(
-                        f"cache buffers must be {self.kv_dtype} and C-contiguous: make them with empty_cache"
+                        f"cache buffers must be {self.kv_dtype.__name__} and C-contiguous: make them with empty_cache"
                     )
                 self._binding.bind_cpu_input(past_name, buffer)
-                self._binding.bind_output(present_name, "cpu", 0, self.kv_dtype.type, buffer.shape, buffer.ctypes.data)
+                self._binding.bind_output(present_name, "cpu", 0, self.kv_dtype, buffer.shape, buffer.ctypes.data)
         self._bound = kv
 
     def unbind(self) -> None:
         """Let go of the cache of the last run, which would be kept until the next run with another one."""
         self._binding = self._bound = None
+
+
+def _positions(tokens: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where the tokens (B, T) of a run stand in their rows, of which the mask (B, past + T) counts them."""
+    last: NDArray[np.int64] = mask.sum(-1, keepdims=True) - tokens.shape[1]
+    return last + np.arange(tokens.shape[1], dtype=np.int64)
 
 
 def graph_of(folder: Path) -> str | None:

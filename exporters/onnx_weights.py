@@ -147,16 +147,16 @@ class Stored:
     Attributes:
         name: in the graph.
         kind: what it holds.
-        numbers: read-only, of its shape; mapped from `file` unless it is so small that the graph itself holds it.
-        file: that holds it.
-        offset: where it begins there, in bytes; None: somewhere in the graph.
+        numbers: read-only, of its shape; mapped from `file`.
+        file: of data, that holds it.
+        offset: where it begins there, in bytes.
     """
 
     name: str
     kind: Kind
     numbers: NDArray[Any]
     file: Path
-    offset: int | None
+    offset: int
 
     def holds(self, array: NDArray[Any]) -> bool:
         """Whether these are the same numbers, to the last bit."""
@@ -249,10 +249,8 @@ def read_graph(folder: Path) -> tuple[Path, Any]:
 
 
 def _stored(file: Path, tensor: Any, kind: Kind) -> Stored:
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import helper
 
-    if tensor.data_location != TensorProto.EXTERNAL:
-        return Stored(tensor.name, kind, numpy_helper.to_array(tensor), file, None)
     place = {entry.key: entry.value for entry in tensor.external_data}
     data, offset = file.parent / place["location"], int(place.get("offset", 0))
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))

@@ -133,11 +133,13 @@ def complete(options: ExportOptions) -> ExportOptions:
     if dtype in QUANTISED:
         choices |= {
             "block_size": 32 if dtype == "int4" else 64,
-            "algorithm": "k-quant" if dtype == "int4" else "rtn",
+            "algorithm": "rtn",
             "embeddings": "int8",
             "accuracy_level": 4 if options.ep == "cpu" else 0,
         }
-    choices["max_kl"] = MAX_KL[dtype]
+    if dtype == "int4":
+        used.append("int8")
+    choices["max_kl"] = MAX_KL["int4" if options.embeddings == "int4" else dtype]
     check_unused(options, f"{dtype} onnx", (*used, *choices))
     given = {name: getattr(options, name) for name in choices}
     return dataclasses.replace(options, **{name: choices[name] for name, value in given.items() if value is None})
@@ -180,6 +182,7 @@ def check_parity(
         ParityError: they differ by more than their dtype explains.
     """
     dtype = str(options.dtype)
+    coarsest = "int4" if options.embeddings == "int4" else dtype
     session = OnnxSession(folder, graph=options.graph, spin=False)
     exact = side = _side(session)
     if dtype in QUANTISED and options.accuracy_level != 1:
@@ -189,7 +192,7 @@ def check_parity(
         side,
         tokens,
         tolerance=TOLERANCE if session.kv_dtype == np.float32 else HALF_TOLERANCE,
-        min_argmax_agreement=MIN_AGREEMENT[dtype],
+        min_argmax_agreement=MIN_AGREEMENT[coarsest],
         max_kl=options.max_kl,
         full_precision=None if dtype == "fp32" else exact,
         progress=progress,
@@ -235,6 +238,7 @@ def write_companions(
     settings = json.loads(file.read_text(encoding="utf-8"))
     if settings.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4 does not know
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["model_input_names"] = ["input_ids", "attention_mask"]  # transformers 4 would add token_type_ids
     settings["model_max_length"] = config.max_position_embeddings
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -309,8 +313,9 @@ def _weights(options: ExportOptions) -> str:
     if options.dtype not in QUANTISED:
         computed = " (computed in fp32)" if options.dtype == "fp16" and not computes_in_half(options) else ""
         return f"{options.dtype}{computed}"
+    parts = f", {', '.join(options.int8)} in int8" if options.int8 else ""
     return (
-        f"{options.dtype} in blocks of {options.block_size} by {options.algorithm}, embedding and LM head in "
+        f"{options.dtype} in blocks of {options.block_size} by {options.algorithm}{parts}, embedding and LM head in "
         f"{options.embeddings}"
     )
 

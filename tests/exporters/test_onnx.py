@@ -166,6 +166,7 @@ def test_what_an_export_has_no_use_for_is_refused(tmp_path: Path) -> None:
         ({"ep": "tpu"}, "ep=tpu: possible are cpu, cuda"),
         ({"layout": "round"}, "layout=round: possible are flat"),
         ({"max_kl": 0.0}, r"max_kl=0\.0: give nats"),
+        ({"int8": ("qkv", "head")}, "int8=head: possible are qkv, o, gate, up, down"),
     ):
         with pytest.raises(ConfigError, match=complaint):
             ExportOptions(**options)
@@ -372,10 +373,10 @@ def test_a_longrope_export_is_not_checked_beyond_its_context(tmp_path: Path) -> 
 def test_a_prompt_that_is_read_wrongly_fails_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = OnnxSession._run
 
-    def forgetful(self: OnnxSession, tokens: Any, mask: Any, kv: Any) -> Any:
+    def forgetful(self: OnnxSession, tokens: Any, mask: Any, kv: Any, **options: Any) -> Any:
         if 1 < tokens.shape[1] < mask.shape[1]:  # a later run of a prefill
             kv[0][0][:] = 0
-        return right(self, tokens, mask, kv)
+        return right(self, tokens, mask, kv, **options)
 
     monkeypatch.setattr(onnx_session, "PREFILL_CHUNK", 16)
     monkeypatch.setattr(OnnxSession, "_run", forgetful)
@@ -416,6 +417,7 @@ def test_caches_are_numbered_densely_and_counted_alike_everywhere(dtype: str, tm
     done = exported(ragged(tiny("gemma3_text"), (0, 3)), tmp_path / "x", dtype)
     graph = onnx.load(str(done.path / "model.onnx"), load_external_data=False).graph
     sizes = {v.name: [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim] for v in graph.input}
+    assert [sizes.pop(onnx_session.LOGITS_FROM)] == [[1]]
     config = json.loads((done.path / "config.json").read_text())
     genai = json.loads((done.path / "genai_config.json").read_text())
     expected = [f"past_key_values.{i}.{kind}" for kind in ("key", "value") for i in range(4)]
@@ -493,6 +495,8 @@ def test_the_same_model_gives_the_same_bytes(dtype: str, tmp_path: Path) -> None
         {"algorithm": "k-quant"},
         {"embeddings": "int4"},
         {"embeddings": "fp32"},
+        {"int8": ("qkv",)},
+        {"int8": ("o", "gate", "up", "down")},
         {"ep": "webgpu"},
     ],
     ids=str,

@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from compress.errors import ConfigError, FoldawayError, ParityError
 from compress.methods.darex import DarexConfig
 from compress.sources import load
 from compress.surgery import drop_attention, keep_neurons, share_blocks
-from exporters import ExportOptions, export, onnx_file, read_export
+from exporters import ExportOptions, export, read_export
 from exporters.onnx_delta import attach, patch
 from exporters.onnx_session import OnnxSession
 from exporters.onnx_weights import Slot, slots
@@ -43,14 +42,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 DARE = DarexConfig(p="3/4", rescale="dare")
 CASES = [(variant, dtype) for variant in VARIANTS for dtype in ("fp32", "int4")]
 CASES += [(variant, dtype) for variant in ("llama", "gemma3_text") for dtype in ("fp16", "int8")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def large() -> Iterator[None]:
-    """Norms of tiny models are so small that they would lie in the graph itself, as no real model's do."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(onnx_file, "INLINE_BYTES", 0)
-        yield
 
 
 def model_of(variant: str) -> PreTrainedModel:
@@ -347,18 +338,6 @@ def test_another_architecture_or_format_is_refused(llama: Path, models: Any, tmp
     refused(llama, tmp_path, "an export to hf", export=tmp_path / "hf")
     refused(llama, tmp_path, "is not an export", export=llama / "base")
     refused(llama, tmp_path, "not a delta package", delta=llama / "base")
-
-
-def test_what_lies_in_the_graph_itself_is_patched_but_not_attached(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(onnx_file, "INLINE_BYTES", 256)
-    base, direct = (exported(llama / name, tmp_path / name, "fp32") for name in ("base", "again"))
-    with pytest.raises(ConfigError, match="lies in the graph itself, not in its data file: make a copy"):
-        attach(base, llama / "delta")
-    patch(base, llama / "delta", str(llama / "base"), tmp_path / "x", TOKENS)
-    for name in ("model.onnx", "model.onnx_data"):
-        assert (tmp_path / "x" / name).read_bytes() == (direct / name).read_bytes()
 
 
 def test_an_export_without_its_graph_is_refused(llama: Path, tmp_path: Path) -> None:
