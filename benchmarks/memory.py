@@ -109,14 +109,15 @@ class PeakMemory:
             return []
 
 
-def peak_rss_of(argv: Sequence[str], *, interval_seconds: float = INTERVAL_SECONDS) -> int:
-    """Run a command to its end and return the peak of its process tree in bytes.
+def peak_rss_of(argv: Sequence[str], *, interval_seconds: float = INTERVAL_SECONDS, quiet: bool = False) -> int:
+    """Run a command to its end and return the peak of its process tree in bytes; `quiet` drops what it prints.
 
     Raises:
         ConfigError: the command cannot be started, ends with an error, or ends before it can be watched.
     """
     try:
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+        stdout = subprocess.DEVNULL if quiet else None
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout)
     except OSError as error:
         raise ConfigError(f"cannot start {argv[0]}: {error.strerror}") from error
     with process, PeakMemory(process.pid, interval_seconds=interval_seconds) as peak:

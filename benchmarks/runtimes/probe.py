@@ -60,6 +60,7 @@ class Onnx:
 def import_onnx() -> Load:
     """Our own session over onnxruntime."""
     import numpy as np
+    import onnxruntime  # noqa: F401  (the session imports it when it is made, and imports are not the model's)
 
     from exporters.onnx_session import OnnxSession
 
