@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     ("changes", "message"),
     [
         ({"to": "gguff"}, "known are onnx, hf"),
-        ({"to": "onnx", "options": ExportOptions(dtype="int3")}, "stores fp32 or int4"),
+        ({"to": "onnx", "options": ExportOptions(dtype="int3")}, "stores fp32 or fp16 or int8 or int4"),
         ({"to": "onnx", "check_tokens": torch.zeros(1, CONTEXT + 1, dtype=torch.int64)}, r"1\.\.64"),
         ({"to": "onnx", "check_tokens": torch.zeros(0, 5, dtype=torch.int64)}, r"1\.\.64"),
     ],
@@ -107,11 +108,12 @@ def last_of(offset: float) -> Prefill:
     return lambda row: side(offset).whole(row)[-1]
 
 
+SMALL = TOKENS % 5
 LIMITS = {"tolerance": 1e-3, "min_argmax_agreement": 0.9}
 
 
 def test_equal_sides_have_no_distance() -> None:
-    parity = check(side(0).whole, side(0), TOKENS, **LIMITS)
+    parity = check(side(0).whole, side(0), SMALL, **LIMITS)
     assert (parity.max_abs_difference, parity.decode_max_abs_difference) == (0, 0)
     assert parity.argmax_agreement == parity.decode_argmax_agreement == 1
     assert parity.tokens == parity.decode_tokens == TOKENS.numel()
@@ -132,10 +134,20 @@ def test_equal_sides_have_no_distance() -> None:
 )
 def test_a_side_that_is_off_is_refused(export_side: Side, full_precision: Side | None, message: str) -> None:
     with pytest.raises(ParityError, match=message):
-        check(side(0).whole, export_side, TOKENS, full_precision=full_precision, **LIMITS)
+        check(side(0).whole, export_side, SMALL, full_precision=full_precision, **LIMITS)
 
 
 def test_quantised_weights_may_move_logits_but_not_choices() -> None:
-    parity = check(side(0).whole, side(0.3), TOKENS, full_precision=side(0.3), **LIMITS)
+    parity = check(side(0).whole, side(0.3), SMALL, full_precision=side(0.3), **LIMITS)
     assert parity.max_abs_difference == pytest.approx(0.3)
     assert (parity.decode_max_abs_difference, parity.decode_against) == (0, "export")
+
+
+def test_divergence_and_perplexity_are_those_of_the_next_tokens() -> None:
+    ours, theirs = (side(offset).whole(SMALL).log_softmax(-1) for offset in (0, 0.3))
+    parity = check(side(0).whole, side(0.3), SMALL, full_precision=side(0.3), **LIMITS)
+    assert parity.kl == pytest.approx(float((ours.exp() * (ours - theirs)).sum(-1).mean()), rel=1e-5)
+    nats = [float(-each[:, :-1].gather(-1, SMALL[:, 1:, None]).mean()) for each in (ours, theirs)]
+    assert parity.perplexity_ratio == pytest.approx(math.exp(nats[1] - nats[0]), rel=1e-5)
+    with pytest.raises(ParityError, match=r"diverges from its source by .* nats per token, and max_kl=0\.001"):
+        check(side(0).whole, side(0.3), SMALL, full_precision=side(0.3), max_kl=0.001, **LIMITS)

@@ -170,7 +170,7 @@ def test_a_config_without_a_context_is_refused(folder: Path, tmp_path: Path) -> 
     ("inputs", "message"),
     [
         (["input_ids", "attention_mask"], "input_ids, attention_mask and 0 past_key_values"),
-        (["input_ids", "attention_mask", "position_ids", "past"], "attention_mask, position_ids and 2 past_key_values"),
+        (["input_ids", "attention_mask", "token_type_ids", "past"], "attention_mask, token_type_ids and 2 past_key"),
         (["input_ids", "attention_mask", "past"], r"does not return present\.0\.key"),
     ],
 )
