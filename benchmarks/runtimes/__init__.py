@@ -9,7 +9,11 @@
 * ``llama.cpp``: a GGUF file, by llama-cpp-python.
 
 Every run is a process of its own, and in each round every side has one. A side whose packages collide with ours, or
-that we do not want to depend on, runs in another interpreter: ``--python NAME=PATH``.
+that we do not want to depend on, runs in another interpreter: ``--python NAME=PATH``. ``make test-consumers`` builds
+one with optimum-onnx (``.consumers/optimum/bin/python``); llama.cpp is compiled for this CPU while it installs::
+
+    python3 -m venv .consumers/llama.cpp
+    .consumers/llama.cpp/bin/pip install llama-cpp-python
 
 * Memory is what the process holds beyond what it held after its imports: after loading, after a prompt of 64 tokens and
   16 tokens more, and at its peak.
