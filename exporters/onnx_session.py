@@ -27,6 +27,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from compress.errors import BackendError, ConfigError, first_line, require
 from exporters.base import is_export, read_export
+from exporters.mapped import let_go
+from exporters.onnx_file import DATA_SUFFIX
 
 KV = tuple[tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]], ...]
 """One (key, value) per attention, each (B, K, capacity, head_dim), C-contiguous, of the session's `kv_dtype`. A row's
@@ -107,6 +109,7 @@ class OnnxSession:
             self._session = ort.InferenceSession(str(model_file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exception classes share no public base
             raise BackendError(f"onnxruntime cannot load {model_file}: {first_line(error)}") from error
+        let_go(model_file.with_name(f"{model_file.name}{DATA_SUFFIX}"))
         self.config = read_settings(self.path / "config.json")
         self.artifact_id = read_export(self.path).artifact_id if is_export(self.path) else None
         inputs = {value.name: value for value in self._session.get_inputs()}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from compress.errors import ConfigError, require
 from exporters.base import is_export, read_export
+from exporters.mapped import give_back_large_blocks
 from exporters.onnx_session import graph_of
 from serving.backend import Backend
 from serving.detokenizer import plain_decode
@@ -74,6 +75,7 @@ def serve(
     from serving.server import bind, run
 
     sock = bind(host, port)  # before the model is loaded: a port in use should not cost a minute
+    give_back_large_blocks()
     try:
         opened = open_backend(path, backend, device=device)
         if served_model_name is not None:

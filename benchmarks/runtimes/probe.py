@@ -62,8 +62,10 @@ def import_onnx() -> Load:
     import numpy as np
     import onnxruntime  # noqa: F401  (the session imports it when it is made, and imports are not the model's)
 
+    from exporters.mapped import give_back_large_blocks
     from exporters.onnx_session import OnnxSession
 
+    give_back_large_blocks()
     return lambda path, threads: Onnx(OnnxSession(path, threads=threads), np)
 
 
