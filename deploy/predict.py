@@ -97,7 +97,7 @@ def predict_export(model: str, to: str, options: ExportOptions) -> tuple[int, in
     shape = skeleton(model)
     if to == "onnx":
         options = complete(options)
-        check_layout(shape)
+        check_layout(shape, options)
     if options.expand:
         expand(shape)
     parameters = budget.count(shape).total

@@ -1,8 +1,8 @@
 """What a process holds of the weights that a session has read, and how to hold less. Linux with glibc; else nothing.
 
-onnxruntime maps the data file and packs most matrices into copies of its own while it loads. The pages that it read stay
-resident, and in the holes that packing leaves the heap grows. With both calls an int4 export of SmolLM2 held 157 MB, not
-187, at the same speed.
+onnxruntime maps the data file and packs most matrices into copies of its own while it loads. The pages that it read
+stay resident, and in the holes that packing leaves the heap grows. With both calls an int4 export of SmolLM2 held 157
+MB, not 187, at the same speed.
 """
 
 from __future__ import annotations

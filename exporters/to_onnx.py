@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.decoder import Decoder
-from compress.errors import ConfigError, LayoutNotSupported
+from compress.errors import ConfigError, ExportError, LayoutNotSupported
 from compress.evaluate import logits_of
 from compress.files import new_folder
 from compress.layout import Layout, layout_of
@@ -88,7 +88,7 @@ def export(
         MissingExtra: onnxruntime-genai is not installed.
     """
     options = complete(options)
-    check_layout(loaded.model)
+    check_layout(loaded.model, options)
     context = context_of(base_config(loaded.model.config))
     if check_tokens.shape[1] > context:
         raise ConfigError(
@@ -128,6 +128,8 @@ def complete(options: ExportOptions) -> ExportOptions:
         ConfigError: an option that this format or its dtype has no use for.
     """
     dtype = choose_dtype("onnx", options, tuple(SUFFIXES), default="fp32")
+    if (dtype, options.ep) == ("int8", "dml"):
+        raise ConfigError("dtype=int8: onnxruntime's dml provider has no kernel for it; possible are fp32, fp16, int4")
     used = ["dtype", "ep", "layout", "max_kl"]
     choices: dict[str, Any] = {"dtype": dtype}
     if dtype in QUANTISED:
@@ -145,8 +147,12 @@ def complete(options: ExportOptions) -> ExportOptions:
     return dataclasses.replace(options, **{name: choices[name] for name, value in given.items() if value is None})
 
 
-def check_layout(model: PreTrainedModel) -> None:
+def check_layout(model: PreTrainedModel, options: ExportOptions | None = None) -> None:
     """Refuse early what the builder cannot say. The weights are not looked at: the model may be on the meta device.
+
+    Args:
+        model: of any layout.
+        options: of the export; None are the default ones.
 
     Raises:
         LayoutNotSupported: naming what is in the way and what to do.
@@ -165,7 +171,14 @@ def check_layout(model: PreTrainedModel) -> None:
                 f"the ONNX export cannot take RoPE of type {rope_type} in a {model_type} model, only "
                 f"{', '.join(possible)}; `--to hf` takes it"
             )
-    heads = {block.num_key_value_heads for block in layout_of(model).blocks if block.attention}
+    blocks = layout_of(model).blocks
+    whole = all(block.attention and block.intermediate_size for block in blocks)
+    if model_type == "gemma3_text" and not whole and computes_in_half(options or ExportOptions()):
+        raise LayoutNotSupported(
+            "the ONNX export cannot compute a Gemma without some attentions or FFNs in fp16: take --ep cpu, or --dtype "
+            "fp32"
+        )
+    heads = {block.num_key_value_heads for block in blocks if block.attention}
     if len(heads) != 1:
         raise LayoutNotSupported(
             f"the ONNX export needs the same number of KV heads in every attention, not {sorted(heads)}; "
@@ -234,6 +247,11 @@ def write_companions(
     _tell_transformers_js(folder / "config.json", options)
     write_generation_config(model, folder)
     tokenizer.save_pretrained(folder)
+    if options.layout == "transformersjs" and not (folder / "tokenizer.json").is_file():
+        raise ExportError(
+            f"transformers.js reads tokenizers from tokenizer.json, and a {type(tokenizer).__name__} has none: convert "
+            "it to a fast one first, or take --layout flat"
+        )
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     if settings.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4 does not know

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
@@ -170,6 +171,55 @@ def test_what_an_export_has_no_use_for_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=complaint):
             ExportOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "complaint"),
+    [
+        ("int8", {"ep": "dml"}, "dml provider has no kernel for it; possible are fp32, fp16, int4"),
+        ("fp16", {"ep": "cuda"}, "cannot compute a Gemma without some attentions"),
+        ("bf16", {"ep": "cuda"}, "dtype=bf16: the onnx export stores fp32 or fp16"),
+    ],
+)
+def test_what_a_provider_cannot_do_is_refused(
+    dtype: str, options: dict[str, Any], complaint: str, tmp_path: Path
+) -> None:
+    with pytest.raises((ConfigError, LayoutNotSupported), match=complaint):
+        exported(ragged(tiny("gemma3_text")), tmp_path / "x", dtype, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+
+    def full(out: Any, tensor: Any) -> int:
+        written.append(tensor.name)
+        if len(written) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return right(out, tensor)
+
+    right = onnx_file._append
+    monkeypatch.setattr(onnx_file, "_append", full)
+    with pytest.raises(OSError, match="No space left"):
+        exported(tiny("llama"), tmp_path / "x", "int8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_that_transformers_js_cannot_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = byte_tokenizer()
+    right = tokenizer.save_pretrained
+
+    def slow(folder: Path) -> None:
+        right(folder)
+        (Path(folder) / "tokenizer.json").unlink()
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", slow)
+    source = Loaded(tiny("llama"), tokenizer, ORIGIN)
+    options = ExportOptions(layout="transformersjs")
+    with pytest.raises(ExportError, match=r"reads tokenizers from tokenizer\.json"):
+        to_onnx.finish(tmp_path, source, source.model, to_onnx.complete(options), TOKENS, lambda *_: None)
 
 
 def test_an_export_that_diverges_by_more_than_is_let_pass_is_discarded(tmp_path: Path) -> None:
