@@ -78,6 +78,7 @@ def check(
     min_argmax_agreement: float,
     max_kl: float | None = None,
     full_precision: Side | None = None,
+    decoded: int | None = None,
     progress: Progress = no_progress,
 ) -> Parity:
     """Compare an export with its source.
@@ -96,6 +97,7 @@ def check(
         max_kl: the largest mean divergence from the source, nats per token.
         full_precision: of an export whose weights are not the source's: the weights it stores, computed without
             rounding activations.
+        decoded: tokens of each row that are decoded one by one; None: all.
         progress: told of each token decoded.
 
     Raises:
@@ -113,9 +115,10 @@ def check(
             target = whole if full_precision is export else full_precision.whole(row[None])[0].float()
         if cached.prefill is not None:
             read.add(target[-1], cached.prefill(row).float())
-        for position, logits in enumerate(cached.decode(row)):
+        count = min(decoded or len(row), len(row))
+        for position, logits in enumerate(cached.decode(row[:count])):
             stepped.add(target[position], logits.float())
-            progress("check export", index * tokens.shape[1] + position + 1, tokens.numel())
+            progress("check export", index * count + position + 1, len(tokens) * count)
     parity = Parity(
         max_abs_difference=full.worst,
         argmax_agreement=full.agreement,
