@@ -59,7 +59,7 @@ TOLERANCE = 1e-3
 HALF_TOLERANCE = 1.0
 """Where activations are rounded to fp16: a wrong position is off by more."""
 
-DECODED = 32
+DECODED = 16
 """Tokens of a row that a quantised export decodes in full precision, for which 8-bit weights have no fast kernel."""
 
 TRANSFORMERS_JS_DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}

@@ -613,7 +613,7 @@ def test_a_wrong_cache_shows_in_int4_too(tmp_path: Path, monkeypatch: pytest.Mon
     right = OnnxSession.step
 
     def late(self: OnnxSession, tokens: Any, kv: Any, lengths: Any) -> Any:
-        return right(self, tokens, kv, np.minimum(lengths + (lengths > 20), lengths.max() + 1).clip(max=30))
+        return right(self, tokens, kv, np.minimum(lengths + (lengths > 10), lengths.max() + 1).clip(max=14))
 
     monkeypatch.setattr(OnnxSession, "step", late)
     with pytest.raises(ParityError, match="decoding with a cache"):
