@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +41,7 @@ PACKAGES = ("foldaway", "torch", "transformers", "onnx", "onnxruntime", "onnxrun
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to store the weights. None is the format's own choice.
+    """How to store the weights. None is the format's own choice; in a record, that it has no meaning for the export.
 
     Attributes:
         dtype: onnx: ``"fp32"`` (default), ``"fp16"``, ``"int8"`` or ``"int4"``; hf: ``"fp32"``, ``"fp16"``, ``"bf16"``
@@ -132,21 +132,6 @@ class SourceEntry(Strict):
     quantised_from: str | None
 
 
-class OptionsEntry(Strict):
-    """`ExportOptions`, with what was chosen where nothing was asked; None: without meaning for this export."""
-
-    dtype: str
-    block_size: int | None = None
-    algorithm: str | None = None
-    int8: tuple[str, ...] = ()
-    embeddings: str | None = None
-    accuracy_level: int | None = None
-    ep: str = "cpu"
-    layout: str = "flat"
-    max_kl: float | None = None
-    expand: bool = False
-
-
 class ExportRecord(Strict):
     """export.json: what an export folder holds, and how it was checked. Unknown keys are refused.
 
@@ -159,7 +144,7 @@ class ExportRecord(Strict):
     artifact_id: str | None
     source: SourceEntry
     model_type: str
-    options: OptionsEntry
+    options: ExportOptions
     blocks: list[dict[str, Any]]
     parity: Parity
     parameters: int
@@ -230,7 +215,7 @@ def seal(folder: Path, loaded: Loaded, to: str, options: ExportOptions, parity: 
             name=origin.name, kind=origin.kind, licence=origin.licence, quantised_from=origin.quantised_from
         ),
         model_type=getattr(loaded.model.config, "base_model_type", loaded.model.config.model_type),
-        options=OptionsEntry.model_validate(asdict(options)),
+        options=options,
         blocks=layout_of(loaded.model).block_configs(),
         parity=parity,
         parameters=budget.count(loaded.model).total,
@@ -247,7 +232,7 @@ def exported(path: Path, record: ExportRecord) -> Exported:
     return Exported(
         path=path,
         format=record.to,
-        dtype=record.options.dtype,
+        dtype=str(record.options.dtype),
         parity=record.parity,
         bytes=record.bytes,
         parameters=record.parameters,

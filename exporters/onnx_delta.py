@@ -37,7 +37,6 @@ from exporters import to_onnx
 from exporters.base import (
     WEIGHT_SUFFIXES,
     Exported,
-    ExportOptions,
     ExportRecord,
     exported,
     in_dtype,
@@ -109,14 +108,13 @@ def patch(
         ParityError: the graph does not compute what the fine-tune does.
     """
     opened, checkpoint, record = Package(package), open_base(base), read_export(export)
-    options = ExportOptions(**record.options.model_dump())
     with new_folder(path) as folder:
         _write_graph(export, folder, changes(export, opened, checkpoint, progress))
         loaded = _brought_back(opened, checkpoint, record, folder / MERGED, progress)
         source = in_dtype(loaded.model, torch.float32)
         # A fine-tune may end its answers, or draw them, otherwise than its base.
-        write_graph(source, loaded.tokenizer, folder, options, no_progress, weights=False)
-        finished = to_onnx.finish(folder, loaded, source, options, check_tokens, progress)
+        write_graph(source, loaded.tokenizer, folder, record.options, no_progress, weights=False)
+        finished = to_onnx.finish(folder, loaded, source, record.options, check_tokens, progress)
     return exported(path, finished)
 
 

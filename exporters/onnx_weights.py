@@ -24,7 +24,7 @@ from torch import Tensor
 from compress.arch import Architecture, architecture_of
 from compress.errors import BackendError, first_line, require
 from compress.remote_code import base_config
-from exporters.base import OptionsEntry
+from exporters.base import ExportOptions
 from exporters.nbits import join, quantise
 from exporters.onnx_graph import EMBEDDING, EMBEDDINGS_BY
 from exporters.onnx_session import HOW_TO_EXPORT, graph_of
@@ -207,7 +207,7 @@ class Slot:
         return [getattr(blocks, each.kind).astype(each.numbers.dtype, copy=False) for each in self.stored]
 
 
-def slots(folder: Path, config: Any, options: OptionsEntry) -> list[Slot]:
+def slots(folder: Path, config: Any, options: ExportOptions) -> list[Slot]:
     """Find what an export's graph holds of a model's parameters.
 
     Args:

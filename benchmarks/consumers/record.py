@@ -91,7 +91,7 @@ def ask(exports: Sequence[Path], consumers: Mapping[str, Consumer], command: str
 def opened(path: Path, consumers: Mapping[str, Consumer]) -> Opened:
     """Open one export with each consumer."""
     record, reference = read_export(path), greedy_text(path)
-    dtype = record.options.dtype
+    dtype = str(record.options.dtype)
     outcomes = tuple(judge(name, consumer, path, reference, dtype) for name, consumer in consumers.items())
     return Opened(
         source=record.source.name,
