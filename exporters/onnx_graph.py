@@ -440,7 +440,7 @@ class LiveModel:
             hidden = self.layernorm_attrs["output_0"]
             super().make_initializer(np.array([0], np.int64), LOGITS_FROM)  # type: ignore[misc]
             self.model.graph.inputs.append(self.values[LOGITS_FROM])
-            ends = [LOGITS_FROM, f"/model/constants/INT64/[{2**62}]", "/model/constants/INT64/[1]"]
+            ends = [LOGITS_FROM, _numbers(2**62), _numbers(1)]
             shape = self.make_hidden_state_shape(seq_dim="logits_length")
             self.make_slice("/lm_head/Slice", [hidden, *ends], self.io_dtype, shape)
             self.layernorm_attrs["output_0"] = "/lm_head/Slice/output_0"
@@ -476,54 +476,50 @@ class LiveModel:
         GatherBlockQuantized would be one operator, but the runtime of transformers.js lacks it, and it wants codes of
         another shape: to reshape them in the graph costs a copy in memory.
         """
-        types, size = self.onnx_ir.DataType, self.options.block_size
+        size, kind = self.options.block_size, self.io_dtype
         codes, scales = self.make_blocks([embedding], EMBEDDING, bits, EMBEDDINGS_BY)
         count = -(-self.hidden_size // size)
-
-        def make(operator: str, part: str, inputs: list[str], kind: Any, *shape: int, **attributes: Any) -> str:
-            name = f"{basename}/{part}"
-            self.make_node(operator, inputs, [f"{name}/output_0"], name=name, **attributes)
-            self.make_value(f"{name}/output_0", kind, ["batch_size", "sequence_length", *shape])
-            return f"{name}/output_0"
-
-        def whole(*numbers: int) -> str:
-            return f"/model/constants/INT64/{list(numbers)}"
-
         tokens = self.input_names["input_ids"]
-        found = make("Gather", "Gather", [codes, tokens], types.UINT8, count, size * bits // 8, axis=0)
-        if bits == 4:
-            nibbles = {
-                "BitwiseAnd": make(
-                    "BitwiseAnd", "low", [found, "/model/constants/UINT8/15"], types.UINT8, count, size // 2
-                ),
-                "BitShift": make(
-                    "BitShift",
-                    "high",
-                    [found, "/model/constants/UINT8/4"],
-                    types.UINT8,
-                    count,
-                    size // 2,
-                    direction="RIGHT",
-                ),
-            }
-            pairs = [
-                make("Unsqueeze", f"{operator}_pairs", [each, whole(-1)], types.UINT8, count, size // 2, 1)
-                for operator, each in nibbles.items()
-            ]
-            found = make("Concat", "Concat", pairs, types.UINT8, count, size // 2, 2, axis=-1)
-            found = make("Reshape", "unpacked", [found, whole(0, 0, count, size)], types.UINT8, count, size)
-        kind = self.io_dtype
         zero = f"/model/constants/{self.to_str_dtype(kind)}/{2.0 ** (bits - 1)}"
-        found = make("Cast", "Cast", [found], kind, count, size, to=kind)
-        found = make("Sub", "Sub", [found, zero], kind, count, size)
-        scale = make("Gather", "scales", [scales, tokens], kind, count, axis=0)
-        scale = make("Unsqueeze", "scale", [scale, whole(-1)], kind, count, 1)
-        found = make("Mul", "scaled", [found, scale], kind, count, size)
-        found = make("Reshape", "rows", [found, whole(0, 0, count * size)], kind, count * size)
+        bytes_each = size * bits // 8
+        found = self.make_rows("Gather", f"{basename}/Gather", [codes, tokens], [count, bytes_each], axis=0)
+        if bits == 4:
+            found = self.make_unpacked(found, basename, count, bytes_each)
+        found = self.make_rows("Cast", f"{basename}/Cast", [found], [count, size], kind, to=kind)
+        found = self.make_rows("Sub", f"{basename}/Sub", [found, zero], [count, size], kind)
+        scale = self.make_rows("Gather", f"{basename}/scales", [scales, tokens], [count], kind, axis=0)
+        scale = self.make_rows("Unsqueeze", f"{basename}/scale", [scale, _numbers(-1)], [count, 1], kind)
+        found = self.make_rows("Mul", f"{basename}/scaled", [found, scale], [count, size], kind)
+        found = self.make_rows(
+            "Reshape", f"{basename}/rows", [found, _numbers(0, 0, count * size)], [count * size], kind
+        )
         if count * size > self.hidden_size:
-            ends = [whole(0), whole(self.hidden_size), whole(-1)]
-            found = make("Slice", "Slice", [found, *ends], kind, self.hidden_size)
-        return found
+            ends = [_numbers(0), _numbers(self.hidden_size), _numbers(-1)]
+            found = self.make_rows("Slice", f"{basename}/Slice", [found, *ends], [self.hidden_size], kind)
+        return str(found)
+
+    def make_unpacked(self: Any, packed: str, basename: str, count: int, width: int) -> str:
+        """Bytes (..., count, width) to the two codes in each, (..., count, 2 * width)."""
+        pairs = []
+        for part, operator, by, settings in (
+            ("low", "BitwiseAnd", 15, {}),
+            ("high", "BitShift", 4, {"direction": "RIGHT"}),
+        ):
+            inputs = [packed, f"/model/constants/UINT8/{by}"]
+            half = self.make_rows(operator, f"{basename}/{part}", inputs, [count, width], **settings)
+            pairs.append(self.make_rows("Unsqueeze", f"{basename}/{part}s", [half, _numbers(-1)], [count, width, 1]))
+        both = self.make_rows("Concat", f"{basename}/pairs", pairs, [count, width, 2], axis=-1)
+        inputs = [both, _numbers(0, 0, count, 2 * width)]
+        return str(self.make_rows("Reshape", f"{basename}/unpacked", inputs, [count, 2 * width]))
+
+    def make_rows(
+        self: Any, operator: str, name: str, inputs: list[str], shape: list[int], kind: Any = None, **settings: Any
+    ) -> str:
+        """Something of `shape` for each token, bytes unless `kind` says otherwise. Returns the name of the output."""
+        self.make_node(operator, inputs, [f"{name}/output_0"], name=name, **settings)
+        kind = self.onnx_ir.DataType.UINT8 if kind is None else kind
+        self.make_value(f"{name}/output_0", kind, ["batch_size", "sequence_length", *shape])
+        return f"{name}/output_0"
 
     def make_matmul(self: Any, matmul: Any, basename: str, root_input: str, **kwargs: Any) -> str:
         """A product, and beside it that of the adapter."""
@@ -584,6 +580,11 @@ class LiveModel:
         decoder = genai_config["model"]["decoder"]
         decoder["num_hidden_layers"] = len(self.input_names["past_key_values.key"])
         decoder["filename"] = self.options.graph
+
+
+def _numbers(*numbers: int) -> str:
+    """Name of a constant: whole numbers in a row."""
+    return f"/model/constants/INT64/{list(numbers)}"
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
