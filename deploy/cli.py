@@ -200,10 +200,10 @@ def add_export_options(parser: Any) -> None:
     )
     quantised.add_argument(
         "--int8",
-        nargs="+",
         default=(),
-        metavar="PART",
-        help="int4: parts that are stored in int8 all the same: qkv, o, gate, up, down",
+        type=lambda parts: tuple(parts.split(",")),
+        metavar="PART,...",
+        help="int4: parts that are stored in int8 all the same, of qkv, o, gate, up, down; for example qkv,down",
     )
     quantised.add_argument(
         "--embeddings", metavar="TYPE", help="of embedding and LM head: int4, int8 or fp32 (default int8)"

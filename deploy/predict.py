@@ -11,14 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 from compress import budget
-from compress.decoder import Decoder
+from compress.decoder import Block, Decoder
 from compress.layout import layout_of
 from compress.methods import METHODS, method_config
 from compress.result import Run
 from compress.sources import skeleton
 from compress.surgery import expand
 from deploy.recipe import CalibrationSpec, StepSpec
-from exporters import exporter_named
+from exporters import exporter_named, to_hf
 from exporters.base import QUANTISED, ExportOptions
 from exporters.to_onnx import check_layout, complete
 
@@ -95,21 +95,31 @@ def predict_export(model: str, to: str, options: ExportOptions) -> tuple[int, in
     """
     exporter_named(to)
     shape = skeleton(model)
+    options = complete(options) if to == "onnx" else to_hf.complete(options, shape.dtype)
     if to == "onnx":
-        options = complete(options)
         check_layout(shape, options)
     if options.expand:
         expand(shape)
     parameters = budget.count(shape).total
-    default = "fp32" if to == "onnx" else str(shape.dtype).removeprefix("torch.").replace("float", "fp")
-    dtype = options.dtype or default
-    if dtype not in QUANTISED or options.block_size is None:
+    dtype = str(options.dtype)
+    if options.block_size is None:
         return parameters, int(parameters * BITS[dtype] / 8)
     head: Any = shape.get_output_embeddings()  # type: ignore[no-untyped-call]
     embeddings = sum(table.numel() for table in {shape.get_input_embeddings().weight, head.weight})
-    scale = BITS["fp32"] / options.block_size
-    bits = [BITS[each] + (scale if each in QUANTISED else 0) for each in (dtype, options.embeddings or dtype)]
-    return parameters, int(((parameters - embeddings) * bits[0] + embeddings * bits[1]) / 8)
+    kept = sum(_numel(block, part) for block in Decoder(shape) for part in options.int8)
+    bits = {each: BITS[each] + BITS["fp32"] / options.block_size for each in QUANTISED} | {"fp32": BITS["fp32"]}
+    of_blocks = (parameters - embeddings - kept) * bits[dtype] + kept * bits["int8"]
+    return parameters, int((of_blocks + embeddings * bits[str(options.embeddings)]) / 8)
+
+
+def _numel(block: Block, part: str) -> int:
+    """Weights of a part of a block, as `exporters.base.PARTS` name them."""
+    if part in ("qkv", "o"):
+        if block.attention is None:
+            return 0
+        linears = block.attention_in if part == "qkv" else [block.attention_out]
+        return sum(each.outputs * each.inputs for each in linears)
+    return block.ffn_out.outputs * block.width if block.has_ffn else 0  # gate, up and down are alike
 
 
 def _memory(shape: PreTrainedModel, length: int) -> int:

@@ -26,11 +26,18 @@ def give_back_large_blocks() -> None:
 
 
 def let_go(file: Path) -> None:
-    """Drop the resident pages of a file that is mapped and not written to; what is read again comes from the file."""
+    """Drop the resident pages of a file that is mapped and not written to; what is read again comes from the file.
+
+    No other thread may unmap the file meanwhile.
+    """
     libc = _libc()
     if libc is None:
         return
-    for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
+    try:
+        maps = Path("/proc/self/maps").read_text("utf-8", "replace")
+    except OSError:  # some sandboxes have none
+        return
+    for line in maps.splitlines():
         fields = line.split(maxsplit=5)
         if len(fields) == 6 and fields[5] == str(file.resolve()):
             start, end = (int(address, 16) for address in fields[0].split("-"))

@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig
 
+from compress.arch import architecture_of
 from compress.delta.checkpoint import Checkpoint
 from compress.delta.package import Package, check_base
 from compress.errors import ConfigError
 from compress.remote_code import base_config
 from compress.result import Progress, no_progress
 from compress.sources import config_of
-from exporters.base import ExportRecord, read_export
+from exporters.base import QUANTISED, ExportRecord, read_export
+from exporters.onnx_file import DATA_SUFFIX
 from exporters.onnx_graph import context_of
 from exporters.onnx_weights import Part, Slot, Stored, slots
 
@@ -193,6 +195,14 @@ def _check_config(export: Path, record: ExportRecord, config: Any) -> None:
     if record.to != "onnx":
         raise ConfigError(f"{export} is an export to {record.to}: a delta can be put into one to onnx")
     stock = base_config(config)
+    quantised = record.options.dtype in QUANTISED
+    if (quantised and record.options.algorithm is None) or not any(f.endswith(DATA_SUFFIX) for f in record.files):
+        raise ConfigError(f"{export} was made by an earlier foldaway: export the base anew")
+    if record.options.algorithm == "hqq" and len(architecture_of(config).attention_in) == 1:
+        raise ConfigError(
+            f"{export} was rounded by hqq, which rounds parts of a fused matrix otherwise than the whole: bring the "
+            "fine-tune back with foldaway delta apply, and export that"
+        )
     if record.model_type != stock.model_type:
         raise ConfigError(
             f"{export} is of a {record.model_type} model, and the fine-tune is a {stock.model_type} model"

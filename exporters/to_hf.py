@@ -54,9 +54,8 @@ def export(
         ConfigError: `path` is not empty, or the dtype is not one of this format.
         ParityError: what was written does not compute what its source does, or with rounded weights, what those do.
     """
-    stored = next((name for name, dtype in DTYPES.items() if dtype == loaded.model.dtype), "fp32")
-    dtype = choose_dtype("hf", options, tuple(DTYPES), default=stored)
-    check_unused(options, "hf", ("dtype", "expand"))
+    options = complete(options, loaded.model.dtype)
+    dtype = str(options.dtype)
     model = in_dtype(loaded.model, DTYPES[dtype])
     if options.expand:
         model = clone(model)
@@ -65,10 +64,19 @@ def export(
         write_model(model, loaded.tokenizer, folder, loaded.processor)
         parity = _check_parity(loaded.model, model, folder, check_tokens, progress)
         (folder / "README.md").write_text(_card(loaded, dtype, layout_of(model), parity), encoding="utf-8")
-        record = seal(
-            folder, dataclasses.replace(loaded, model=model), "hf", dataclasses.replace(options, dtype=dtype), parity
-        )
+        record = seal(folder, dataclasses.replace(loaded, model=model), "hf", options, parity)
     return exported(path, record)
+
+
+def complete(options: ExportOptions, source: torch.dtype) -> ExportOptions:
+    """Put the dtype of the source where none was asked for.
+
+    Raises:
+        ConfigError: an option that this format has no use for.
+    """
+    stored = next((name for name, dtype in DTYPES.items() if dtype == source), "fp32")
+    check_unused(options, "hf", ("dtype", "expand"))
+    return dataclasses.replace(options, dtype=choose_dtype("hf", options, tuple(DTYPES), default=stored))
 
 
 def _check_parity(

@@ -131,15 +131,15 @@ def complete(options: ExportOptions) -> ExportOptions:
         ConfigError: an option that this format or its dtype has no use for.
     """
     dtype = choose_dtype("onnx", options, tuple(SUFFIXES), default="fp32")
-    if (dtype, options.ep) == ("int8", "dml"):
-        raise ConfigError("dtype=int8: onnxruntime's dml provider has no kernel for it; possible are fp32, fp16, int4")
+    if options.ep == "dml" and "int8" in (dtype, options.embeddings, *("int8" for _ in options.int8)):
+        raise ConfigError("int8: onnxruntime's dml provider has no kernel for it; possible are fp32, fp16, int4")
     used = ["dtype", "ep", "layout", "max_kl"]
     choices: dict[str, Any] = {"dtype": dtype}
     if dtype in QUANTISED:
         choices |= {
             "block_size": 32 if dtype == "int4" else 64,
             "algorithm": "rtn",
-            "embeddings": "int8",
+            "embeddings": "int4" if options.ep == "dml" else "int8",
             "accuracy_level": 4 if options.ep == "cpu" else 0,
         }
     if dtype == "int4":
@@ -201,7 +201,7 @@ def check_parity(
     coarsest = "int4" if options.embeddings == "int4" else dtype
     session = OnnxSession(folder, graph=options.graph, spin=False)
     exact = side = _side(session)
-    if dtype in QUANTISED and options.accuracy_level != 1:
+    if dtype in QUANTISED and (options.accuracy_level or 0) > 1:
         exact = _side(_session_in_full_precision(folder, options.graph))
     return check(
         logits_of(source),
@@ -325,7 +325,7 @@ def _card(loaded: Loaded, options: ExportOptions, parity: Parity) -> str:
         *_about_context(loaded.model),
         *_about_provider(options),
         "",
-        "Run it with `foldaway serve`, onnxruntime-genai, optimum (`ORTModelForCausalLM`) or transformers.js.",
+        *_about_runtimes(options),
     ]
     return "\n".join([*header, *lines]) + "\n"
 
@@ -340,6 +340,13 @@ def _weights(options: ExportOptions) -> str:
         f"{options.dtype} in blocks of {options.block_size} by {options.algorithm}{parts}, embedding and LM head in "
         f"{options.embeddings}"
     )
+
+
+def _about_runtimes(options: ExportOptions) -> list[str]:
+    """What the card says of how to run it."""
+    if options.layout == "flat":
+        return ["Run it with `foldaway serve`, onnxruntime-genai or optimum (`ORTModelForCausalLM`)."]
+    return ["Run it with transformers.js: `await pipeline('text-generation', FOLDER)`, or with `foldaway serve`."]
 
 
 def _about_provider(options: ExportOptions) -> list[str]:

@@ -75,9 +75,11 @@ def serve(
     from serving.server import bind, run
 
     sock = bind(host, port)  # before the model is loaded: a port in use should not cost a minute
-    give_back_large_blocks()
+    chosen = backend or _guess(path)
+    if chosen == "onnx":
+        give_back_large_blocks()
     try:
-        opened = open_backend(path, backend, device=device)
+        opened = open_backend(path, chosen, device=device)
         if served_model_name is not None:
             opened.model_id = served_model_name
         decode = plain_decode(opened.tokenizer)

@@ -43,7 +43,7 @@ class Side:
         """Of the weights that decoding one token reads: all but tables of which it reads a row."""
         if self.kind not in ONNX_KINDS:
             return self.file_bytes  # tied tables, or nearly; GGUF and safetensors do not say who reads what
-        return sum(read_bytes(graph) for graph in self.path.glob("*.onnx"))
+        return sum(read_bytes(graph) for graph in self.path.rglob("*.onnx"))
 
     @property
     def context(self) -> int | None:
@@ -59,7 +59,7 @@ class Side:
     def _files(self) -> Iterator[Path]:
         if self.kind not in ONNX_KINDS:
             return iter([self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors")))
-        return (file for file in sorted(self.path.iterdir()) if ".onnx" in file.name)
+        return (file for file in sorted(self.path.rglob("*.onnx*")) if file.is_file())
 
 
 def sides_of(texts: list[str], pythons: list[str]) -> list[Side]:
@@ -81,6 +81,9 @@ def sides_of(texts: list[str], pythons: list[str]) -> list[Side]:
     names = [side.name for side in sides]
     for name in {name for name in names if names.count(name) > 1} | set(interpreters):
         raise ConfigError(f"{name}: name every side once, and interpreters only for sides")
+    for side in sides:
+        if side.file_bytes == 0:
+            raise ConfigError(f"{side.name}: {side.path.name} holds no weights of the kind {side.kind}")
     return sides
 
 
@@ -96,12 +99,14 @@ def read_bytes(graph: Path) -> int:
     onnx = require("onnx", "onnx")
     model = onnx.load(str(graph), load_external_data=False)
     read = {name for node in model.graph.node if node.op_type not in GATHERS for name in node.input}
+    cast = {node.input[0] for node in model.graph.node if node.op_type == "Cast"}  # to fp32, while it is loaded
     places: dict[object, int] = {}
     for tensor in model.graph.initializer:
         if tensor.name in read:
             where = {entry.key: entry.value for entry in tensor.external_data}
             place = (where["location"], where.get("offset")) if where else tensor.name
-            places[place] = int(where["length"]) if "length" in where else _bytes_of(onnx, tensor)
+            size = int(where["length"]) if "length" in where else _bytes_of(onnx, tensor)
+            places[place] = 2 * size if tensor.name in cast else size
     return sum(places.values())
 
 
