@@ -7,6 +7,7 @@ repository, and NAME says which table of a suite's record. Beside the record of 
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -31,22 +32,28 @@ def documents(root: Path = ROOT) -> list[Path]:
     return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
-def with_fresh_tables(text: str, root: Path = ROOT) -> str:
+def with_fresh_tables(text: str, root: Path = ROOT, folder: Path | None = None) -> str:
     """A Markdown text with every measured table made anew from its record.
+
+    Args:
+        text: of the document.
+        root: of the repository, from where the text names its records.
+        folder: that the document lies in, from where its links lead; None: the root.
 
     Raises:
         ConfigError: a record is missing, was changed by hand, or has no such table.
     """
-    return _BLOCK.sub(lambda block: block[1] + _tables(root, block[2], block[3]) + block[4], text)
+    return _BLOCK.sub(lambda block: block[1] + _tables(root, folder or root, block[2], block[3]) + block[4], text)
 
 
-def _tables(root: Path, source: str, name: str | None) -> str:
+def _tables(root: Path, folder: Path, source: str, name: str | None) -> str:
+    link = os.path.relpath(root / source, folder)
     if records.format_of(root / source) == consumers.FORMAT:
         return consumers.table(consumers.read(root / source))
     if records.format_of(root / source) == runtimes.FORMAT:
-        return runtimes.document(runtimes.read(root / source), source)
+        return runtimes.document(runtimes.read(root / source), link)
     if name is None:
-        return tables(records.read(root / source), source)
+        return tables(records.read(root / source), link)
     if records.format_of(root / source) == deltas.FORMAT:
         grid = deltas.grid_named(deltas.read(root / source), name)
         if grid is None:
@@ -105,7 +112,7 @@ def tables(record: Record, source: str) -> str:
 def main() -> int:
     """Write the tables and pictures anew."""
     for document in documents():
-        write_file(document, with_fresh_tables(document.read_text(encoding="utf-8")))
+        write_file(document, with_fresh_tables(document.read_text(encoding="utf-8"), folder=document.parent))
     for path, drawn in pictures().items():
         write_file(path, drawn)
     return 0

@@ -180,7 +180,7 @@ def conditions(record: Runtimes) -> str:
 def document(record: Runtimes, source: str) -> str:
     """What documents say of a record that lies at `source`: table, conditions, machine. Markdown."""
     where = f"{record.machine.cpu}, {record.machine.usable_cores} cores"
-    about = f"{conditions(record)} Measured on {where}; the record is `{source}`, {record.id}."
+    about = f"{conditions(record)} Measured on {where}; the record is [{record.id}]({source})."
     return f"{table(record).markdown()}\n{about}\n"
 
 
