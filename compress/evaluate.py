@@ -156,13 +156,27 @@ def divergence(
     return Divergence(mean, standard_error(window_kl), agreed / tokens, flipped / tokens, tokens)
 
 
+def kl_sum(ours: Tensor, theirs: Tensor) -> float:
+    """Sum of KL(ours || theirs) over positions of logits (T, V), in nats."""
+    return sum((_kl(p, q) for _, p, q in _log_probabilities(ours, theirs)), 0.0)
+
+
+def _log_probabilities(ours: Tensor, theirs: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some positions at a time, and what both sides make of their logits (T, V) there, in fp32."""
+    for part in _chunks(len(ours)):
+        p = functional.log_softmax(ours[part].float(), dim=-1)
+        yield part, p, functional.log_softmax(theirs[part].float().to(p.device), dim=-1)
+
+
+def _kl(p: Tensor, q: Tensor) -> float:
+    return functional.kl_div(q, p, log_target=True, reduction="sum").item()
+
+
 def _compare(ours: Tensor, theirs: Tensor, targets: Tensor) -> tuple[float, int, int]:
     """Sum of KL(ours || theirs) over logits (T, V); how many argmax agree; how many are right on one side only."""
     kl, same, flipped = 0.0, 0, 0
-    for part in _chunks(len(ours)):
-        p = functional.log_softmax(ours[part].float(), dim=-1)
-        q = functional.log_softmax(theirs[part].float().to(p.device), dim=-1)
-        kl += functional.kl_div(q, p, log_target=True, reduction="sum").item()
+    for part, p, q in _log_probabilities(ours, theirs):
+        kl += _kl(p, q)
         below, above, right = p.argmax(-1), q.argmax(-1), targets[part]
         same += int((below == above).sum())
         flipped += int(((below == right) != (above == right)).sum())

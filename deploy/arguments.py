@@ -65,6 +65,12 @@ def checked_device(name: str) -> str:
     return str(device_named(name))
 
 
+def add_check(parser: Any) -> None:
+    """What an export is checked on."""
+    parser.add_argument("--text", default="builtin", metavar="SOURCE", help=f"to check on: {TEXT_HELP}")
+    parser.add_argument("--check-tokens", type=int, default=128, metavar="N", help="tokens to check on (default 128)")
+
+
 def add_evaluation(parser: Any) -> None:
     parser.add_argument("--text", default="builtin", metavar="SOURCE", help=f"held-out text: {TEXT_HELP}")
     parser.add_argument("--window", type=int, default=2048, metavar="TOKENS", help="tokens per window (default 2048)")

@@ -22,8 +22,8 @@ from deploy.arguments import (
     DONE,
     INTERRUPTED,
     MODEL_HELP,
-    TEXT_HELP,
     USER_ERROR,
+    add_check,
     add_device,
     add_dry_run,
     add_evaluation,
@@ -196,7 +196,10 @@ def add_export_options(parser: Any) -> None:
     quantised = parser.add_argument_group("int8 and int4 (docs/exporters.md says what each costs)")
     quantised.add_argument("--algorithm", metavar="NAME", help="how weights are rounded: rtn (default), k-quant or hqq")
     quantised.add_argument(
-        "--block-size", type=int, metavar="N", help="weights that share a scale, 16 to 256 (default: int4 32, int8 64)"
+        "--block-size",
+        type=int,
+        metavar="N",
+        help="weights that share a scale: 16, 32, 64, 128 or 256 (default: int4 32, int8 64)",
     )
     quantised.add_argument(
         "--int8",
@@ -238,8 +241,7 @@ def add_export_options(parser: Any) -> None:
         action="store_true",
         help="hf: give blocks that share weights copies of their own, for runtimes that cannot share",
     )
-    parser.add_argument("--text", default="builtin", metavar="SOURCE", help=f"to check on: {TEXT_HELP}")
-    parser.add_argument("--check-tokens", type=int, default=128, metavar="N", help="tokens to check on (default 128)")
+    add_check(parser)
     add_dry_run(parser, "say whether the format takes the model, and how large it would be; write nothing")
     add_output(parser, "the export's folder; must not exist yet, or be empty")
 

@@ -10,6 +10,7 @@ from compress.errors import ConfigError
 from deploy.arguments import (
     MODEL_HELP,
     TEXT_HELP,
+    add_check,
     add_device,
     add_output,
     assignments,
@@ -263,8 +264,7 @@ def _add_export(commands: Any) -> None:
     parser.add_argument("export", metavar="EXPORT", help="an ONNX export of the base")
     parser.add_argument("package", metavar="PACKAGE", help="a folder with delta.json")
     parser.add_argument("--base", required=True, help=f"the base itself: {FOLDER_HELP}")
-    parser.add_argument("--text", default="builtin", metavar="SOURCE", help=f"to check on: {TEXT_HELP}")
-    parser.add_argument("--check-tokens", type=int, default=128, metavar="N", help="tokens to check on (default 128)")
+    add_check(parser)
     add_output(parser, "the export's folder; must not exist yet, or be empty")
 
 

@@ -17,6 +17,11 @@ PAGE = 4096
 """A tensor that is mapped begins a page."""
 
 
+def data_file(graph: Path) -> Path:
+    """The file that holds a graph's weights."""
+    return graph.with_name(graph.name + DATA_SUFFIX)
+
+
 def save(model: Any, file: Path) -> None:
     """Write a model.
 
@@ -26,7 +31,7 @@ def save(model: Any, file: Path) -> None:
     """
     onnx_ir = require("onnx_ir", "onnx")
     model.graph.sort()
-    data = file.with_name(file.name + DATA_SUFFIX)
+    data = data_file(file)
     with data.open("wb") as out:
         for value in model.graph.initializers.values():
             tensor = value.const_value

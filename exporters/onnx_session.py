@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from compress.errors import BackendError, ConfigError, first_line, require
-from exporters.base import is_export, read_export
+from exporters.base import ExportRecord, is_export, read_export
 from exporters.mapped import let_go
-from exporters.onnx_file import DATA_SUFFIX
+from exporters.onnx_file import data_file
 
 KV = tuple[tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]], ...]
 """One (key, value) per attention, each (B, K, capacity, head_dim), C-contiguous, of the session's `kv_dtype`. A row's
@@ -93,7 +93,8 @@ class OnnxSession:
             raise ConfigError(f"threads={threads}: give 1 or more, or nothing for one per core")
         ort = require("onnxruntime", "onnx")
         self.path = Path(path)
-        model_file = self.path / (graph or graph_of(self.path) or MODEL_FILE)
+        record = read_export(self.path) if is_export(self.path) else None
+        model_file = self.path / (graph or _graph_in(self.path, record) or MODEL_FILE)
         if not model_file.is_file():
             raise BackendError(f"{self.path} holds no {graph or MODEL_FILE}: {HOW_TO_EXPORT}")
         options = ort.SessionOptions()
@@ -109,9 +110,9 @@ class OnnxSession:
             self._session = ort.InferenceSession(str(model_file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exception classes share no public base
             raise BackendError(f"onnxruntime cannot load {model_file}: {first_line(error)}") from error
-        let_go(model_file.with_name(f"{model_file.name}{DATA_SUFFIX}"))
+        let_go(data_file(model_file))
         self.config = read_settings(self.path / "config.json")
-        self.artifact_id = read_export(self.path).artifact_id if is_export(self.path) else None
+        self.artifact_id = record.artifact_id if record else None
         inputs = {value.name: value for value in self._session.get_inputs()}
         outputs = {value.name: value for value in self._session.get_outputs()}
         self.num_layers = sum(name.startswith("past_key_values.") for name in inputs) // 2
@@ -157,7 +158,7 @@ class OnnxSession:
             )
         if not isinstance(self.config.get("max_position_embeddings"), int):
             raise BackendError(
-                f"{file.with_name('config.json')} does not say max_position_embeddings, the context; {HOW_TO_EXPORT}"
+                f"{self.path / 'config.json'} does not say max_position_embeddings, the context; {HOW_TO_EXPORT}"
             )
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -277,9 +278,11 @@ def _positions(tokens: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np
 
 def graph_of(folder: Path) -> str | None:
     """The graph in a folder, from there: the one that export.json names, or ``model.onnx``; None: there is none."""
-    names = [MODEL_FILE]
-    if is_export(folder):
-        names = [name for name in read_export(folder).files if name.endswith(".onnx")]
+    return _graph_in(folder, read_export(folder) if is_export(folder) else None)
+
+
+def _graph_in(folder: Path, record: ExportRecord | None) -> str | None:
+    names = [MODEL_FILE] if record is None else [name for name in record.files if name.endswith(".onnx")]
     return next((name for name in names if (folder / name).is_file()), None)
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 from torch import Tensor
 
 from compress.errors import ParityError
-from compress.evaluate import Logits
+from compress.evaluate import Logits, cross_entropy, kl_sum
 from compress.result import Progress, no_progress
 
 Decode = Callable[[Tensor], Iterator[Tensor]]
@@ -169,12 +169,10 @@ class _Quality:
 
     def add(self, source: Tensor, export: Tensor, row: Tensor) -> None:
         """Take in logits (T, V) of both after each token of a row (T,)."""
-        ours, theirs = source.log_softmax(-1), export.log_softmax(-1)
-        self.nats += float((ours.exp() * (ours - theirs)).sum())
+        self.nats += kl_sum(source, export)
         self.tokens += len(row)
-        targets = row[1:, None]
-        self.lost += float((ours[:-1].gather(1, targets) - theirs[:-1].gather(1, targets)).sum())
-        self.targets += len(targets)
+        self.lost += cross_entropy(export, row) - cross_entropy(source, row)
+        self.targets += len(row) - 1
 
     @property
     def kl(self) -> float:

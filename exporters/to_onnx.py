@@ -144,7 +144,7 @@ def complete(options: ExportOptions) -> ExportOptions:
         }
     if dtype == "int4":
         used.append("int8")
-    choices["max_kl"] = MAX_KL["int4" if options.embeddings == "int4" else dtype]
+    choices["max_kl"] = MAX_KL[_coarsest(dtype, options)]
     check_unused(options, f"{dtype} onnx", (*used, *choices))
     given = {name: getattr(options, name) for name in choices}
     return dataclasses.replace(options, **{name: choices[name] for name, value in given.items() if value is None})
@@ -198,7 +198,6 @@ def check_parity(
         ParityError: they differ by more than their dtype explains.
     """
     dtype = str(options.dtype)
-    coarsest = "int4" if options.embeddings == "int4" else dtype
     session = OnnxSession(folder, graph=options.graph, spin=False)
     exact = side = _side(session)
     if dtype in QUANTISED and (options.accuracy_level or 0) > 1:
@@ -208,12 +207,17 @@ def check_parity(
         side,
         tokens,
         tolerance=TOLERANCE if session.kv_dtype == np.float32 else HALF_TOLERANCE,
-        min_argmax_agreement=MIN_AGREEMENT[coarsest],
+        min_argmax_agreement=MIN_AGREEMENT[_coarsest(dtype, options)],
         max_kl=options.max_kl,
         full_precision=None if dtype == "fp32" else exact,
         decoded=DECODED if exact is not side else None,
         progress=progress,
     )
+
+
+def _coarsest(dtype: str, options: ExportOptions) -> str:
+    """Of the dtypes in an export, the one that its limits are taken from."""
+    return "int4" if options.embeddings == "int4" else dtype
 
 
 def _side(session: OnnxSession) -> Side:
