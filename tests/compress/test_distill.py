@@ -83,7 +83,7 @@ def test_with_all_tokens_the_divergence_of_the_most_likely_is_the_whole(temperat
         best = log_p.topk(count, -1)
         found.append(float(top_logit_kl(student, best.indices, best.values, temperature)))
     whole = float(logit_kl(student, teacher, temperature))
-    assert found == sorted(found)
+    assert found[:-1] == sorted(found[:-1])  # the last two are one number, but for the order of its terms
     assert found[-1] == pytest.approx(whole)
     assert found[-2] == pytest.approx(whole)  # the last one is known from the others
     assert 0 <= found[0] < 0.9 * whole
