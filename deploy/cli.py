@@ -209,6 +209,12 @@ def add_export_options(parser: Any) -> None:
         help="int4: parts that are stored in int8 all the same, of qkv, o, gate, up, down; for example qkv,down",
     )
     quantised.add_argument(
+        "--smooth",
+        type=float,
+        metavar="STRENGTH",
+        help="even out activations first, from 0 (default: not at all) to 1; 0.5 loses less and takes a minute more",
+    )
+    quantised.add_argument(
         "--embeddings", metavar="TYPE", help="of embedding and LM head: int4, int8 or fp32 (default int8)"
     )
     quantised.add_argument(

@@ -97,6 +97,7 @@ class ExportSpec(Strict):
     int8: tuple[str, ...] = ()
     embeddings: str | None = None
     accuracy_level: int | None = None
+    smooth: float | None = None
     max_kl: float | None = None
 
     def options(self) -> ExportOptions:

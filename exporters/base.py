@@ -52,6 +52,8 @@ class ExportOptions:
         embeddings: int8 and int4: what embedding and LM head are in, ``"int4"``, ``"int8"`` or ``"fp32"`` (int8).
         accuracy_level: int8 and int4: the least that onnxruntime computes activations in: 1 fp32, 2 fp16, 3 bf16, 4
             int8; 0 leaves it open (4 on the cpu, else 0).
+        smooth: int8 and int4: how far activations are evened out before weights are rounded, from 0, not at all, to 1;
+            see `smoothing` (0).
         ep: onnx: the execution provider that the graph is made for. All but cpu compute in fp16 unless dtype is fp32.
         layout: onnx: ``"flat"``, or ``"transformersjs"`` with the graph in a folder of its own.
         max_kl: onnx: the largest divergence from the source that is let pass, nats per token (by dtype).
@@ -67,6 +69,7 @@ class ExportOptions:
     int8: tuple[str, ...] = ()
     embeddings: str | None = None
     accuracy_level: int | None = None
+    smooth: float | None = None
     ep: str = "cpu"
     layout: str = "flat"
     max_kl: float | None = None
@@ -86,6 +89,8 @@ class ExportOptions:
         for name, value, possible in asked:
             if value is not None and value not in possible:
                 raise ConfigError(f"{name}={value}: possible are {', '.join(map(str, possible))}")
+        if self.smooth is not None and not 0 <= self.smooth <= 1:
+            raise ConfigError(f"smooth={self.smooth}: give a strength from 0 to 1")
         if self.max_kl is not None and not self.max_kl > 0:
             raise ConfigError(f"max_kl={self.max_kl}: give nats per token, more than 0")
 

@@ -33,14 +33,14 @@ class Blocks:
 
     Attributes:
         codes: uint8 (N, B, block_size * bits / 8), the first weight in the lowest bits.
-        scales: float32 (N, B).
+        scales: float16 (N, B): what rounding them adds is far less than what rounding weights to codes does.
         zero_points: uint8 (N, ceil(B * bits / 8)), packed alike; None: 2 ** (bits - 1) everywhere.
         bits: 4 or 8.
         block_size: weights that share a scale.
     """
 
     codes: NDArray[np.uint8]
-    scales: NDArray[np.float32]
+    scales: NDArray[np.float16]
     zero_points: NDArray[np.uint8] | None
     bits: int
     block_size: int
@@ -52,7 +52,7 @@ class Blocks:
         zeros = np.full((rows, count), 2 ** (self.bits - 1), np.uint8)
         if self.zero_points is not None:
             zeros = _unpack(self.zero_points, self.bits)[:, :count]
-        values = (codes.astype(np.float32) - zeros[:, :, None]) * self.scales[:, :, None]
+        values = (codes.astype(np.float32) - zeros[:, :, None]) * self.scales[:, :, None].astype(np.float32)
         return torch.from_numpy(values.reshape(rows, -1)[:, :inputs].copy())
 
 
@@ -77,7 +77,7 @@ def quantise(weight: Tensor, bits: int, block_size: int, algorithm: str) -> Bloc
     count = scales.shape[1]
     return Blocks(
         codes=_pack(codes, bits).reshape(len(codes), count, -1),
-        scales=scales,
+        scales=scales.astype(np.float16),
         zero_points=_pack(zeros, bits),
         bits=bits,
         block_size=block_size,
@@ -101,7 +101,7 @@ def _rtn(weight: Tensor, bits: int, block_size: int) -> Blocks:
     config = tools.DefaultWeightOnlyQuantConfig(block_size=block_size, is_symmetric=True, bits=bits)
     matrix = weight.float().T.contiguous().numpy()
     codes, scales, _ = tools.DefaultWeightOnlyQuantizer(config).qbits_block_quant(matrix)
-    return Blocks(codes, scales.astype(np.float32, copy=False), None, bits, block_size)
+    return Blocks(codes, scales.astype(np.float16), None, bits, block_size)
 
 
 Found = tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]

@@ -203,6 +203,11 @@ def _check_config(export: Path, record: ExportRecord, config: Any) -> None:
             f"{export} was rounded by hqq, which rounds parts of a fused matrix otherwise than the whole: bring the "
             "fine-tune back with foldaway delta apply, and export that"
         )
+    if record.options.smooth:
+        raise ConfigError(
+            f"{export} was smoothed, by scales that only the base's own activations give: bring the fine-tune back "
+            "with foldaway delta apply, and export that"
+        )
     if record.model_type != stock.model_type:
         raise ConfigError(
             f"{export} is of a {record.model_type} model, and the fine-tune is a {stock.model_type} model"

@@ -14,7 +14,8 @@ from compress.errors import require
 
 DATA_SUFFIX = "_data"
 PAGE = 4096
-"""A tensor that is mapped begins a page."""
+MAPPED = 16 * PAGE
+"""A tensor of this size begins a page, for it is mapped; smaller ones come after those, so that gaps are few."""
 
 
 def data_file(graph: Path) -> Path:
@@ -33,7 +34,7 @@ def save(model: Any, file: Path) -> None:
     model.graph.sort()
     data = data_file(file)
     with data.open("wb") as out:
-        for value in model.graph.initializers.values():
+        for value in sorted(model.graph.initializers.values(), key=lambda each: each.const_value.nbytes < MAPPED):
             tensor = value.const_value
             if tensor.dtype != onnx_ir.DataType.INT64:
                 offset = _append(out, tensor)
@@ -51,7 +52,7 @@ def save(model: Any, file: Path) -> None:
 
 def _append(out: BinaryIO, tensor: Any) -> int:
     """Write a tensor, and say where."""
-    out.write(bytes(-out.tell() % (PAGE if tensor.nbytes >= PAGE else 64)))
+    out.write(bytes(-out.tell() % (PAGE if tensor.nbytes >= MAPPED else 64)))
     offset = out.tell()
     out.write(tensor.tobytes())
     return offset

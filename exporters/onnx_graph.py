@@ -12,7 +12,8 @@ Where we differ from what the builder's command line writes:
 
 * matrices are quantised one by one while the graph is made (`nbits`), so that the graph is never held in fp32; the
   embedding is quantised as the LM head is, in int8 too, and tied ones are the same bytes, read as they are stored;
-* fp16 for the CPU means weights stored in fp16 and computed in fp32, which is all that its kernels can;
+* fp16 for the CPU means weights stored in fp16 and computed in fp32, which is all that its kernels can; so are the
+  scales of quantised ones, and the tables of rotary positions in all exports but those to fp32;
 * the head size of the caches is a number (transformers.js and onnxruntime-genai read it from the graph);
 * layers with a sliding window keep a cache of full length (``windowed_kv_cache=false``): the builder's short caches
   need a runtime that evicts, which of the runtimes above only onnxruntime-genai does;
@@ -71,6 +72,8 @@ EMBEDDINGS_BY = "rtn"
 """How embedding and LM head are quantised: rows are looked up without zero points."""
 HEAD = "/lm_head/MatMul"
 """Name of the node that makes logits."""
+ROTARY = ("cos_cache", "sin_cache")
+"""How the names of tables of rotary positions begin."""
 EMBEDDING = "model.embed_tokens.weight"
 """Name of the embedding, and of the LM head's matrix where they are one."""
 
@@ -277,7 +280,7 @@ class LiveModel:
             self.base_class.make_rope_init(self, config)
 
     def make_rotary_embedding_caches_from_scratch(self: Any) -> tuple[Tensor, Tensor]:
-        if "cos_cache_global" in self.model.graph.initializers:  # now come Gemma's local layers
+        if "cos_cache_global" in self.values:  # now come Gemma's local layers
             self.rope_attrs["rescale_factors"] = 1
         caches: tuple[Tensor, Tensor] = super().make_rotary_embedding_caches_from_scratch()  # type: ignore[misc]
         return caches
@@ -348,20 +351,26 @@ class LiveModel:
             if first != name:
                 self.values[name] = self.values[first]
                 return
-            if self.stores_half and tensor.dim() == 2 and name.endswith(".weight"):
-                self.make_half(tensor, name)
+            is_matrix = tensor.dim() == 2 and name.endswith(".weight")
+            if (is_matrix and self.stores_half) or (name.startswith(ROTARY) and self.casts_half):
+                self.make_half(tensor, f"{name}_fp16", name)
                 return
         super().make_initializer(tensor, name, **options)  # type: ignore[misc]
 
     @property
-    def stores_half(self: Any) -> bool:
-        """Whether matrices are stored in fp16 and computed in fp32, into which runtimes cast them while loading."""
-        return bool(self.options.dtype == "fp16" and self.io_dtype == self.onnx_ir.DataType.FLOAT)
+    def casts_half(self: Any) -> bool:
+        """Whether what is stored in fp16 is computed in fp32, into which runtimes cast it while loading."""
+        return bool(self.options.dtype != "fp32" and self.io_dtype == self.onnx_ir.DataType.FLOAT)
 
-    def make_half(self: Any, tensor: Tensor, name: str) -> None:
-        """Store a matrix in fp16; `name` is what it is cast to."""
-        super().make_initializer(tensor, f"{name}_fp16", to=self.onnx_ir.DataType.FLOAT16)  # type: ignore[misc]
-        self.make_node("Cast", [f"{name}_fp16"], [name], name=f"/{name}/Cast", to=self.onnx_ir.DataType.FLOAT)
+    @property
+    def stores_half(self: Any) -> bool:
+        """The same, of matrices."""
+        return bool(self.options.dtype == "fp16" and self.casts_half)
+
+    def make_half(self: Any, tensor: Any, stored: str, name: str) -> None:
+        """Store numbers in fp16 under one name; the other is what they are cast to."""
+        super().make_initializer(tensor, stored, to=self.onnx_ir.DataType.FLOAT16)  # type: ignore[misc]
+        self.make_node("Cast", [stored], [name], name=f"/{name}/Cast", to=self.onnx_ir.DataType.FLOAT)
         self.make_value(name, self.onnx_ir.DataType.FLOAT, tensor.shape)
 
     def make_packed_matmul_float_class(self: Any, *matmuls: Any, **kwargs: Any) -> Any:
@@ -423,7 +432,12 @@ class LiveModel:
             blocks = join(found)
             names = [f"{name}_Q{bits}", f"{name}_scales", f"{name}_zero_points"]
             super().make_initializer(blocks.codes, names[0])  # type: ignore[misc]
-            super().make_initializer(torch.from_numpy(blocks.scales), names[1], to=self.io_dtype)  # type: ignore[misc]
+            stored, scales = names[1], torch.from_numpy(blocks.scales)
+            if self.casts_half:
+                names[1] = f"{stored}_fp32"
+                self.make_half(scales, stored, names[1])
+            else:
+                super().make_initializer(scales, stored)  # type: ignore[misc]
             if blocks.zero_points is None:
                 names.pop()
             else:
@@ -478,6 +492,7 @@ class LiveModel:
         """
         size, kind = self.options.block_size, self.io_dtype
         codes, scales = self.make_blocks([embedding], EMBEDDING, bits, EMBEDDINGS_BY)
+        scales = scales.removesuffix("_fp32")  # rows are cast, not the table
         count = -(-self.hidden_size // size)
         tokens = self.input_names["input_ids"]
         zero = f"/model/constants/{self.to_str_dtype(kind)}/{2.0 ** (bits - 1)}"
@@ -487,7 +502,10 @@ class LiveModel:
             found = self.make_unpacked(found, basename, count, bytes_each)
         found = self.make_rows("Cast", f"{basename}/Cast", [found], [count, size], kind, to=kind)
         found = self.make_rows("Sub", f"{basename}/Sub", [found, zero], [count, size], kind)
-        scale = self.make_rows("Gather", f"{basename}/scales", [scales, tokens], [count], kind, axis=0)
+        half = self.onnx_ir.DataType.FLOAT16
+        scale = self.make_rows("Gather", f"{basename}/scales", [scales, tokens], [count], half, axis=0)
+        if self.casts_half:
+            scale = self.make_rows("Cast", f"{basename}/scales_fp32", [scale], [count], kind, to=kind)
         scale = self.make_rows("Unsqueeze", f"{basename}/scale", [scale, _numbers(-1)], [count, 1], kind)
         found = self.make_rows("Mul", f"{basename}/scaled", [found, scale], [count, size], kind)
         found = self.make_rows(

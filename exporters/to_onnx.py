@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compress.calibration import context_length_of, draw
 from compress.decoder import Decoder
 from compress.errors import ConfigError, ExportError, LayoutNotSupported
 from compress.evaluate import logits_of
@@ -51,6 +52,7 @@ from exporters.onnx_graph import (
 )
 from exporters.onnx_session import OnnxSession
 from exporters.parity import Parity, Side, check
+from exporters.smoothing import smooth
 
 ROPES = ("default", "linear", "llama3")
 """What the builder can say of RoPE for every architecture, as ``rope_type``; longrope for those above."""
@@ -61,6 +63,9 @@ HALF_TOLERANCE = 1.0
 
 DECODED = 16
 """Tokens of a row that a quantised export decodes in full precision, for which 8-bit weights have no fast kernel."""
+
+SMOOTHED_ROWS, SMOOTHED_TOKENS = 4, 512
+"""Of the built-in text, on which activations are looked at for smoothing. No check uses this part of it."""
 
 TRANSFORMERS_JS_DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}
 
@@ -100,9 +105,20 @@ def export(
         )
     source = in_dtype(loaded.model, torch.float32)
     with new_folder(path) as folder:
-        write_graph(source, loaded.tokenizer, folder, options, progress)
+        write_graph(_smoothed(source, loaded.tokenizer, options, progress), loaded.tokenizer, folder, options, progress)
         record = finish(folder, loaded, source, options, check_tokens, progress)
     return exported(path, record)
+
+
+def _smoothed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ExportOptions, progress: Progress
+) -> PreTrainedModel:
+    """The model whose weights are rounded: it computes the same as the one given, here in fp32."""
+    if not options.smooth:
+        return model
+    length = min(SMOOTHED_TOKENS, context_length_of(model))
+    rows = draw("builtin", tokenizer, rows=SMOOTHED_ROWS, length=length, model=model)
+    return smooth(model, rows, options.smooth, progress)
 
 
 def finish(
@@ -141,6 +157,7 @@ def complete(options: ExportOptions) -> ExportOptions:
             "algorithm": "rtn",
             "embeddings": "int4" if options.ep == "dml" else "int8",
             "accuracy_level": 4 if options.ep == "cpu" else 0,
+            "smooth": 0.0,
         }
     if dtype == "int4":
         used.append("int8")
@@ -340,9 +357,10 @@ def _weights(options: ExportOptions) -> str:
         computed = " (computed in fp32)" if options.dtype == "fp16" and not computes_in_half(options) else ""
         return f"{options.dtype}{computed}"
     parts = f", {', '.join(options.int8)} in int8" if options.int8 else ""
+    smoothed = f", smoothed by {options.smooth:g}" if options.smooth else ""
     return (
-        f"{options.dtype} in blocks of {options.block_size} by {options.algorithm}{parts}, embedding and LM head in "
-        f"{options.embeddings}"
+        f"{options.dtype} in blocks of {options.block_size} by {options.algorithm}{smoothed}{parts}, embedding and LM "
+        f"head in {options.embeddings}"
     )
 
 

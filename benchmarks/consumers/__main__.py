@@ -20,7 +20,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print a table, and write the record if a file for it is named; 0 when all of them open all exports."""
     parser = argparse.ArgumentParser("python -m benchmarks.consumers", description=str(__doc__).partition(": ")[2])
     parser.add_argument("exports", nargs="*", type=Path, metavar="EXPORT", help="ONNX exports")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where the record goes")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where the record goes, after each export what is known so far",
+    )
     parser.add_argument("--only", nargs="+", choices=CONSUMERS, default=list(CONSUMERS), help="consumers (all)")
     parser.add_argument("--prepare", action="store_true", help="only build the environments that they need")
     parser.add_argument("--torch-index", metavar="URL", help="where torch alone comes from, for those environments")
@@ -34,9 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             prepare(consumer, given.torch_index)
         if given.prepare:
             return 0
-        record = ask(given.exports, consumers, command)
-        if given.output:
-            record = write(record, given.output)
+        output: Path | None = given.output
+        record = ask(given.exports, consumers, command, lambda found: write(found, output) if output else None)
     except FoldawayError as error:
         parser.error(str(error))
     sys.stdout.write(table(record))

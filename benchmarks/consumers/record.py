@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -71,21 +71,36 @@ def read(path: Path) -> ConsumersRecord:
     return read_as(ConsumersRecord, FORMAT, path)
 
 
-def ask(exports: Sequence[Path], consumers: Mapping[str, Consumer], command: str) -> ConsumersRecord:
+def ask(
+    exports: Sequence[Path],
+    consumers: Mapping[str, Consumer],
+    command: str,
+    save: Callable[[ConsumersRecord], object] = lambda record: None,
+) -> ConsumersRecord:
     """Open each export with each consumer, one after the other.
+
+    Args:
+        exports: folders.
+        consumers: by name.
+        command: that repeats this.
+        save: given what is known after each export, for all of them take long.
 
     Raises:
         BackendError: our own session cannot open one.
         ArtifactError: one is no export.
     """
-    return ConsumersRecord(
+    record = ConsumersRecord(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         prompt=PROMPT,
         new_tokens=NEW_TOKENS,
-        exports=tuple(opened(path, consumers) for path in exports),
+        exports=(),
         command=command,
         machine=machine(),
     )
+    for path in exports:
+        record = record.model_copy(update={"exports": (*record.exports, opened(path, consumers))})
+        save(record)
+    return record
 
 
 def opened(path: Path, consumers: Mapping[str, Consumer]) -> Opened:

@@ -74,7 +74,10 @@ def test_an_environment_that_is_missing_is_named(exported: Path, tmp_path: Path)
 def test_a_record_is_written_read_and_shown(exported: Path, tmp_path: Path) -> None:
     reference = greedy_text(exported)
     consumers = {"one": Says(reference), "two": Says("no | this"), "three": Says("no | this")}
-    found = write(record.ask([exported, exported], consumers, "command"), tmp_path / "record.json")
+    kept: list[int] = []
+    asked = record.ask([exported, exported], consumers, "command", lambda so_far: kept.append(len(so_far.exports)))
+    assert kept == [1, 2]
+    found = write(asked, tmp_path / "record.json")
     assert record.read(tmp_path / "record.json") == found
     assert [each.layout for each in found.exports] == ["ragged"] * 2
     shown = record.table(found)

@@ -39,7 +39,7 @@ def test_what_is_stored_stands_for_the_matrix(bits: int, algorithm: str, block_s
     count = -(-100 // block_size)
     assert blocks.codes.shape == (9, count, block_size * bits // 8)
     assert blocks.scales.shape == (9, count)
-    assert blocks.scales.dtype == np.float32
+    assert blocks.scales.dtype == np.float16
     assert (blocks.zero_points is None) == (algorithm == "rtn")
     back = blocks.dequantised(100)
     torch.testing.assert_close(back, by_hand(blocks)[:, :100])

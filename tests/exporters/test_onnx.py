@@ -94,7 +94,7 @@ def test_a_graph_in_fp16_stores_half_and_computes_in_fp32(model_type: str, tmp_p
     assert half.parity.kl is not None
     assert 0 < half.parity.kl < 1e-4
     data = [(done.path / "model.onnx_data").stat().st_size for done in (whole, half)]
-    assert data[1] < 0.7 * data[0]  # the tables of positions stay in fp32, which weighs in so small a model
+    assert data[1] < 0.58 * data[0]  # pages are filled up, which weighs in so small a model
     assert OnnxSession(half.path).kv_dtype == np.float32
 
 
@@ -139,6 +139,7 @@ def test_embeddings_are_stored_as_asked(embeddings: str, tied: bool, block_size:
         for linear in (module for module in layer.module.modules() if isinstance(module, torch.nn.Linear)):
             rounded = quantise(linear.weight, 8, block_size, "rtn").dequantised(linear.in_features)
             linear.weight = torch.nn.Parameter(rounded, requires_grad=False)
+    model.model.rotary_emb.register_forward_hook(lambda *call: tuple(each.half().float() for each in call[-1]))
     torch.testing.assert_close(OnnxSession(path).logits(TOKENS), logits_of(model)(TOKENS), atol=2e-4, rtol=0)
 
 

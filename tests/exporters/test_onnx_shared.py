@@ -73,7 +73,16 @@ def is_of_child(name: str, groups: dict[int, list[int]]) -> bool:
 
 
 def operators(path: Path) -> list[str]:
-    return [node.op_type for node in onnx.load(str(path / "model.onnx"), load_external_data=False).graph.node]
+    """What is computed: casts of what is stored, which come once for shared weights, are left out."""
+    nodes = onnx.load(str(path / "model.onnx"), load_external_data=False).graph.node
+    return [node.op_type for node in nodes if node.op_type != "Cast"]
+
+
+class Forgets(dict[Any, Any]):
+    """Knows nothing of what was put in."""
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        return default
 
 
 def attentions(model: PreTrainedModel) -> int:
@@ -207,8 +216,10 @@ def test_a_model_that_shares_nothing_is_exported_as_if_there_were_no_sharing(
     model_type: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = exported(ragged(tiny(model_type)), tmp_path / "x", dtype).path
-    for name in ("make_initializer", "make_packed_matmul_float_class", "make_packed_add_tensor"):
+    for name in ("make_packed_matmul_float_class", "make_packed_add_tensor"):
         monkeypatch.delattr(onnx_graph.LiveModel, name)
+    forgets = property(lambda self: Forgets(), lambda self, value: None)
+    monkeypatch.setattr(onnx_graph.LiveModel, "written", forgets, raising=False)
     theirs = exported(ragged(tiny(model_type)), tmp_path / "y", dtype).path
     for name in ("model.onnx", "model.onnx_data"):
         assert (ours / name).read_bytes() == (theirs / name).read_bytes()

@@ -1,0 +1,164 @@
+"""Before weights are rounded: move scale from channels with large activations into the weights that read them.
+
+A block of weights shares one scale, and so does a block of activations where those are computed in int8. A few
+channels of a language model are far larger than the rest, and what is rounded beside them loses its digits. Dividing a
+channel by s where it is made, and multiplying the weights that read it by s, changes nothing that the model computes.
+That can be done where a channel is made by a linear operation:
+
+* the norm before the attention -> queries, keys and values;
+* values -> the attention's output, a channel of a KV head for all query heads that read it;
+* the norm before the FFN -> gate and up;
+* up -> down, in a gated FFN.
+
+s = a ** strength / w ** (1 - strength), with a the channel's activation and w the largest weight that reads it
+(SmoothQuant, Xiao et al. 2023, equation 4, which does so for the norms; AWQ, Lin et al. 2024, scales values and up
+too). Here s is rounded to a power of two, so that in floating point, too, the model computes the same to the last bit,
+but for norms that add 1 to their weight. Blocks that share weights share s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compress.activations import mean_over_rows
+from compress.calibration import TokenRows
+from compress.decoder import Block, Decoder, Projection
+from compress.remote_code import submodule
+from compress.result import Progress, Run
+from compress.surgery import clone
+
+TINY = 1e-5
+"""Activations and weights are taken to be no smaller."""
+
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Channels that one operation makes and linears read.
+
+    Attributes:
+        readers: the linears.
+        norm: the norm that makes the channels, with its offset; None where a linear does.
+        maker: the linear that does; its last outputs are the channels.
+        kv_heads: of an attention whose channels, those of all query heads, are made once for each KV head; 0: of none.
+    """
+
+    readers: Sequence[Projection]
+    norm: tuple[Any, float] | None = None
+    maker: Projection | None = None
+    kv_heads: int = 0
+
+
+def smooth(model: PreTrainedModel, rows: TokenRows, strength: float, progress: Progress) -> PreTrainedModel:
+    """A model that computes the same and is rounded with less loss.
+
+    Args:
+        model: of any layout, in fp32; not changed, and what stays the same is shared with the result.
+        rows: text to see activations on.
+        strength: from 0, weights alone are evened out, to 1, activations alone are.
+        progress: told of each row.
+
+    Source: SmoothQuant, section 4; AWQ, section 3.2.
+    """
+    smoothed = clone(model)
+    decoder = Decoder(smoothed)
+    groups: dict[tuple[int, ...], list[tuple[Joint, Tensor]]] = {}
+    joints = [joint for block in decoder for joint in _joints(block, decoder)]
+    points = [joint.readers[0].module for joint in joints]
+    seen = mean_over_rows(decoder, points, _largest, rows.only_tokens(), Run(progress), "smooth: see activations")
+    for joint, activation in zip(joints, seen, strict=True):
+        key = tuple(id(reader.module.weight) for reader in joint.readers)
+        groups.setdefault(key, []).append((joint, activation))
+    scaled = _Scaled()
+    for group in groups.values():
+        activation = torch.stack([each for _, each in group]).amax(0).float()
+        joint = group[0][0]
+        weight = torch.stack([reader.matrix.abs().amax(0) for reader in joint.readers]).amax(0).float()
+        scales = activation.clamp(min=TINY) ** strength / weight.clamp(min=TINY) ** (1 - strength)
+        made = _power_of_two(_per_kv_head(scales, joint, decoder.head_dim))
+        for each, _ in group:
+            scaled.apply(each, made, _per_query_head(made, each, decoder.head_dim, len(scales)))
+    return smoothed
+
+
+def _joints(block: Block, decoder: Decoder) -> Iterator[Joint]:
+    """Those of a block, in order of execution."""
+    arch = block.arch
+    if block.attention is not None:
+        readers = block.attention_in
+        yield Joint(readers, norm=(submodule(block.module, arch.attention_norms[0]), arch.norm_offset))
+        yield Joint([block.attention_out], maker=readers[-1], kv_heads=decoder.kv_heads)
+    if block.has_ffn:
+        readers = block.ffn_in
+        yield Joint(readers, norm=(submodule(block.module, arch.ffn_norms[0]), arch.norm_offset))
+        if len(readers) * readers[-1].fused == 2:
+            yield Joint([block.ffn_out], maker=readers[-1])
+
+
+def _largest(activations: Tensor) -> Tensor:
+    """The largest magnitude of each channel, (T, X) -> (X,)."""
+    return activations.abs().amax(0)
+
+
+def _power_of_two(scales: Tensor) -> Tensor:
+    """Around one, and rounded in their logarithm."""
+    exponents = scales.log2()
+    return torch.exp2((exponents - exponents.mean()).round())
+
+
+def _per_kv_head(scales: Tensor, joint: Joint, head_dim: int) -> Tensor:
+    """From channels as they are read, (H * D,), to channels as they are made, (K * D,): their geometric mean."""
+    if not joint.kv_heads:
+        return scales
+    return scales.view(joint.kv_heads, -1, head_dim).log().mean(1).exp().flatten()
+
+
+def _per_query_head(made: Tensor, joint: Joint, head_dim: int, channels: int) -> Tensor:
+    """The way back."""
+    if not joint.kv_heads:
+        return made
+    queries = channels // (joint.kv_heads * head_dim)
+    return made.view(joint.kv_heads, 1, head_dim).expand(-1, queries, -1).flatten()
+
+
+class _Scaled:
+    """Parameters that were scaled: one that several modules hold is scaled once, and they hold the new one."""
+
+    def __init__(self) -> None:
+        self._new: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+
+    def apply(self, joint: Joint, made: Tensor, read: Tensor) -> None:
+        """Divide channels where they are made, by `made`, and multiply the weights that read them, by `read`."""
+        if joint.norm is not None:
+            norm, offset = joint.norm
+            self._change(norm, "weight", lambda weight: (weight + offset) / made - offset)
+            self._change(norm, "bias", lambda bias: bias / made)
+        if joint.maker is not None:
+            module, count = joint.maker.module, len(made)
+
+            def divided(outputs: Tensor) -> Tensor:
+                factors = torch.ones(len(outputs))
+                factors[-count:] = 1 / made
+                return outputs * (factors if outputs.dim() == 1 else factors[:, None])
+
+            self._change(module, "weight", divided)
+            self._change(module, "bias", divided)
+            self._change(module, "lora_left", divided)
+        for reader in joint.readers:
+            self._change(reader.module, "weight", lambda weight: weight * read)
+            self._change(reader.module, "lora_right", lambda right: right * read)
+
+    def _change(self, module: Any, name: str, change: Change) -> None:
+        old = getattr(module, name, None)
+        if old is None:
+            return
+        if id(old) not in self._new:  # the old one is held, so that its id stays its own
+            self._new[id(old)] = old, nn.Parameter(change(old.detach()), requires_grad=False)
+        setattr(module, name, self._new[id(old)][1])
