@@ -199,7 +199,7 @@ def add_export_options(parser: Any) -> None:
         "--block-size",
         type=int,
         metavar="N",
-        help="weights that share a scale: 16, 32, 64, 128 or 256 (default: int4 32, int8 64)",
+        help="weights that share a scale: 16, 32, 64, 128 or 256 (default 32)",
     )
     quantised.add_argument(
         "--int8",
@@ -212,7 +212,7 @@ def add_export_options(parser: Any) -> None:
         "--smooth",
         type=float,
         metavar="STRENGTH",
-        help="even out activations first, from 0 (default: not at all) to 1; 0.5 loses less and takes a minute more",
+        help="even out activations first, from 0 (default: not at all) to 1; 0.5 loses less and takes longer",
     )
     quantised.add_argument(
         "--embeddings", metavar="TYPE", help="of embedding and LM head: int4, int8 or fp32 (default int8)"

@@ -46,7 +46,7 @@ class ExportOptions:
     Attributes:
         dtype: onnx: ``"fp32"`` (default), ``"fp16"``, ``"int8"`` or ``"int4"``; hf: ``"fp32"``, ``"fp16"``, ``"bf16"``
             (as the source has them).
-        block_size: int8 and int4: weights along the input dimension that share one scale (64, 32).
+        block_size: int8 and int4: weights along the input dimension that share one scale (32).
         algorithm: int8 and int4: one of ALGORITHMS, see `nbits` (rtn).
         int8: int4: parts of blocks that are stored in int8 all the same, of PARTS.
         embeddings: int8 and int4: what embedding and LM head are in, ``"int4"``, ``"int8"`` or ``"fp32"`` (int8).

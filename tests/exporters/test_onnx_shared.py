@@ -55,8 +55,10 @@ def initialisers(path: Path) -> dict[str, bytes]:
     """What model.onnx_data holds, by name; nothing lies there twice or besides."""
     tensors = onnx.load(str(path / "model.onnx"), load_external_data=False).graph.initializer
     found, end = {}, 0
-    for tensor in (each for each in tensors if each.external_data):
-        place = {entry.key: entry.value for entry in tensor.external_data}
+    places = {each.name: {entry.key: entry.value for entry in each.external_data} for each in tensors}
+    stored = [tensor for tensor in tensors if places[tensor.name]]
+    for tensor in sorted(stored, key=lambda each: int(places[each.name]["offset"])):
+        place = places[tensor.name]
         assert 0 <= int(place["offset"]) - end < onnx_file.PAGE
         end = int(place["offset"]) + int(place["length"])
         load_external_data_for_tensor(tensor, str(path))
