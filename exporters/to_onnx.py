@@ -91,12 +91,17 @@ def export(
         ConfigError: `path` is not empty, an option that ONNX or its dtype has no use for, or tokens that exceed the
             export's context.
         LayoutNotSupported: the builder has no words for the architecture, its RoPE or the shape of a block.
-        ExportError: the builder refuses the model.
+        ExportError: the builder refuses the model, or the layout the tokenizer.
         ParityError: the export does not compute what its source does.
         MissingExtra: onnxruntime-genai is not installed.
     """
     options = complete(options)
     check_layout(loaded.model, options)
+    if options.layout == "transformersjs" and not loaded.tokenizer.is_fast:
+        raise ExportError(
+            f"transformers.js reads tokenizers from tokenizer.json, and a {type(loaded.tokenizer).__name__} has none: "
+            "convert it to a fast one first, or take --layout flat"
+        )
     context = context_of(base_config(loaded.model.config))
     if check_tokens.shape[1] > context:
         raise ConfigError(
@@ -272,11 +277,6 @@ def write_companions(
     _tell_transformers_js(folder / "config.json", options)
     write_generation_config(model, folder)
     tokenizer.save_pretrained(folder)
-    if options.layout == "transformersjs" and not (folder / "tokenizer.json").is_file():
-        raise ExportError(
-            f"transformers.js reads tokenizers from tokenizer.json, and a {type(tokenizer).__name__} has none: convert "
-            "it to a fast one first, or take --layout flat"
-        )
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     if settings.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4 does not know

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from compress.errors import BackendError, FoldawayError
-from exporters.onnx_session import MODEL_FILE, OnnxSession, load_tokenizer, read_settings
+from exporters.onnx_session import OnnxSession, load_tokenizer, read_settings
 
 ENVIRONMENTS = Path(__file__).resolve().parents[2] / ".consumers"
 """Where consumers that cannot share our environment get one of their own, a folder each."""
@@ -86,25 +86,13 @@ class Outcome:
     numbers: Mapping[str, float]
 
 
-def graph_of(export: Path) -> str:
-    """The graph of an export folder, by its path from there: at its root, or in ``onnx/`` as transformers.js has it.
-
-    Raises:
-        BackendError: there is none, or more than one.
-    """
-    found = [*export.glob("*.onnx"), *export.glob("onnx/*.onnx")]
-    if len(found) != 1:
-        raise BackendError(f"{export} holds {len(found)} graphs, not one such as {MODEL_FILE}")
-    return found[0].relative_to(export).as_posix()
-
-
 def greedy_text(export: Path, prompt: str = PROMPT, new_tokens: int = NEW_TOKENS) -> str:
     """The reference: what the export continues a prompt with in our own session, without special tokens.
 
     Raises:
         BackendError: it is no export, or cannot be loaded.
     """
-    session, tokenizer = OnnxSession(export, threads=1, graph=graph_of(export)), load_tokenizer(export)
+    session, tokenizer = OnnxSession(export, threads=1), load_tokenizer(export)
     tokens: list[int] = tokenizer(prompt)["input_ids"]
     ends = _ends(export)
     logits, kv = session.prefill(np.array([tokens]), capacity=len(tokens) + new_tokens)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.consumers.base import ENVIRONMENTS, Measured, graph_of, last_line
+from benchmarks.consumers.base import ENVIRONMENTS, Measured, last_line
 from benchmarks.scoring import language_model, logits_scorer
 from compress.errors import BackendError, require
-from exporters.onnx_session import OnnxSession, load_tokenizer
+from exporters.onnx_session import MODEL_FILE, OnnxSession, graph_of, load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 RUN_SECONDS, INSTALL_SECONDS = 900.0, 3600.0
@@ -55,7 +55,7 @@ class InOurEnvironment:
 
     def run(self, export: Path, prompt: str, new_tokens: int) -> str:
         """The text that it generates."""
-        return str(self.answer(export, graph_of(export), prompt, new_tokens)["text"])
+        return str(self.answer(export, graph_of(export) or MODEL_FILE, prompt, new_tokens)["text"])
 
     def answer(self, export: Path, second: str, prompt: str, new_tokens: int) -> dict[str, Any]:
         """Everything that its script says; `second` is the script's second argument."""
@@ -134,7 +134,7 @@ class LmEval(InOurEnvironment):
 
 def loglikelihoods(export: Path, pairs: list[tuple[str, str]]) -> list[float]:
     """What our own session says of continuations, in nats."""
-    session, tokenizer = OnnxSession(export, threads=1, graph=graph_of(export)), load_tokenizer(export)
+    session, tokenizer = OnnxSession(export, threads=1), load_tokenizer(export)
     adapter = language_model(logits_scorer(session.logits), tokenizer, session.context_length)
     instance = require("lm_eval.api.instance", "eval").Instance
     asked = [instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]

@@ -8,11 +8,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Literal
 
-from benchmarks.consumers.base import NEW_TOKENS, PROMPT, Consumer, Outcome, graph_of, greedy_text, judge
+from benchmarks.consumers.base import NEW_TOKENS, PROMPT, Consumer, Outcome, greedy_text, judge
 from benchmarks.machine import Machine, machine
 from benchmarks.record import read_as
 from compress.schema import Strict
 from exporters.base import ExportRecord, read_export
+from exporters.onnx_session import MODEL_FILE, graph_of
 
 FORMAT: Final = "foldaway-consumers"
 
@@ -113,7 +114,7 @@ def opened(path: Path, consumers: Mapping[str, Consumer]) -> Opened:
         artifact_id=record.artifact_id,
         layout=layout_kind(record),
         dtype=dtype,
-        graph=graph_of(path),
+        graph=graph_of(path) or MODEL_FILE,
         bytes=record.bytes,
         reference=reference,
         outcomes=outcomes,

@@ -13,7 +13,8 @@ from benchmarks.runtimes.probe import KINDS
 from compress.errors import ConfigError, require
 
 ONNX_KINDS = ("onnx", "genai", "optimum")
-GATHERS = ("Gather", "GatherBlockQuantized")
+LOOKS_UP = ("Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding")
+"""Operators that read some rows of a table: of embeddings, of positions."""
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions")
 
 
@@ -98,8 +99,11 @@ def read_bytes(graph: Path) -> int:
     """Bytes of a graph's initialisers, but not of those that are only looked up in; what is stored once counts once."""
     onnx = require("onnx", "onnx")
     model = onnx.load(str(graph), load_external_data=False)
-    read = {name for node in model.graph.node if node.op_type not in GATHERS for name in node.input}
-    cast = {node.input[0] for node in model.graph.node if node.op_type == "Cast"}  # to fp32, while it is loaded
+    nodes = model.graph.node
+    read = {name for node in nodes if node.op_type not in (*LOOKS_UP, "Cast") for name in node.input}
+    # To fp32, while it is loaded.
+    cast = {node.input[0] for node in nodes if node.op_type == "Cast" and node.output[0] in read}
+    read |= cast
     places: dict[object, int] = {}
     for tensor in model.graph.initializer:
         if tensor.name in read:

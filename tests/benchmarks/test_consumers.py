@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.consumers import CONSUMERS, record
 from benchmarks.consumers.__main__ import main
-from benchmarks.consumers.base import graph_of, greedy_text, judge, last_line
+from benchmarks.consumers.base import greedy_text, judge, last_line
 from benchmarks.consumers.python import ONNXRUNTIME, TASK, InItsOwn
 from benchmarks.readme import with_fresh_tables
 from benchmarks.record import write
@@ -109,14 +109,6 @@ def test_the_layout_of_an_export_is_that_of_its_model(kind: str, tmp_path: Path)
         share_blocks(model, {0: [1]})
     made = export(loaded(model), tmp_path / "x", to="onnx", check_tokens=token_rows(rows=1, length=4).tokens)
     assert record.layout_kind(read_export(made.path)) == layout_of(model).kind == kind
-
-
-def test_a_graph_is_found_at_the_root_or_where_transformers_js_has_it(tmp_path: Path) -> None:
-    with pytest.raises(BackendError):
-        graph_of(tmp_path)
-    (tmp_path / "onnx").mkdir()
-    (tmp_path / "onnx" / "model_q4.onnx").touch()
-    assert graph_of(tmp_path) == "onnx/model_q4.onnx"
 
 
 def test_a_program_that_fails_is_quoted_with_its_last_line() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from compress import sources
 from compress.calibration import windows
@@ -211,18 +211,10 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
 def test_a_tokenizer_that_transformers_js_cannot_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = byte_tokenizer()
-    right = tokenizer.save_pretrained
-
-    def slow(folder: Path) -> None:
-        right(folder)
-        (Path(folder) / "tokenizer.json").unlink()
-
-    monkeypatch.setattr(tokenizer, "save_pretrained", slow)
-    source = Loaded(tiny("llama"), tokenizer, ORIGIN)
-    options = ExportOptions(layout="transformersjs")
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
     with pytest.raises(ExportError, match=r"reads tokenizers from tokenizer\.json"):
-        to_onnx.finish(tmp_path, source, source.model, to_onnx.complete(options), TOKENS, lambda *_: None)
+        exported(tiny("llama"), tmp_path / "x", layout="transformersjs")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_export_that_diverges_by_more_than_is_let_pass_is_discarded(tmp_path: Path) -> None:
