@@ -43,7 +43,7 @@ LOGITS_FROM = "logits_from"
 """An input with a default: the first position of a run whose logits are wanted. Who does not know it gets all."""
 POSITIONS = "position_ids"
 """Graphs whose attention does not count positions itself take them: those for dml."""
-PREFILL_CHUNK = 64
+PREFILL_CHUNK = 256
 """Tokens per run while prefilling: enough for matrices to be read seldom, and what a run holds stays small."""
 
 GRAPH_INPUTS = "input_ids, attention_mask and past_key_values.N.{key,value}"
