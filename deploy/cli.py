@@ -212,7 +212,7 @@ def add_export_options(parser: Any) -> None:
         "--smooth",
         type=float,
         metavar="STRENGTH",
-        help="even out activations first, from 0 (default: not at all) to 1; 0.5 loses less and takes longer",
+        help="even out activations (1), weights (near 0) or both (0.5) first; loses less, takes longer (default: off)",
     )
     quantised.add_argument(
         "--embeddings", metavar="TYPE", help="of embedding and LM head: int4, int8 or fp32 (default int8)"

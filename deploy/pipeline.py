@@ -198,7 +198,9 @@ class Pipeline:
 
     def _export(self, stage: str, model_hash: str, name: str) -> Path:
         spec = self.recipe.export
-        inputs = {**_common(), "model": model_hash, "export": spec.model_dump()}
+        inputs = {**_common(), "model": model_hash, "export": dataclasses.asdict(spec.options())}
+        if spec.smooth:
+            inputs["smoothed on"] = text_hash("builtin", "calibration")
 
         def make(path: Path) -> None:
             self.say(f"Exporting {name} to {spec.dtype} ONNX")

@@ -107,7 +107,7 @@ def predict_export(model: str, to: str, options: ExportOptions) -> tuple[int, in
     head: Any = shape.get_output_embeddings()  # type: ignore[no-untyped-call]
     embeddings = sum(table.numel() for table in {shape.get_input_embeddings().weight, head.weight})
     kept = sum(_numel(block, part) for block in Decoder(shape) for part in options.int8)
-    bits = {each: BITS[each] + BITS["fp32"] / options.block_size for each in QUANTISED} | {"fp32": BITS["fp32"]}
+    bits = {each: BITS[each] + BITS["fp16"] / options.block_size for each in QUANTISED} | {"fp32": BITS["fp32"]}
     of_blocks = (parameters - embeddings - kept) * bits[dtype] + kept * bits["int8"]
     return parameters, int((of_blocks + embeddings * bits[str(options.embeddings)]) / 8)
 

@@ -58,6 +58,7 @@ from deploy.steps import CHECK_TOKENS, data_file
 from deploy.workspace import Workspace, digest
 from exporters import export
 from exporters.base import ExportOptions, installed_versions
+from exporters.to_onnx import complete
 
 RESIDENT_REPEATS = 3
 USER_ERROR = 2
@@ -621,7 +622,7 @@ class SuiteRun:
         return timed
 
     def _export(self, job: _Job, wanted: ExportsSpec, progress: Progress) -> Path:
-        options = ExportOptions(wanted.dtype)
+        options = complete(ExportOptions(wanted.dtype))
 
         def make(path: Path) -> None:
             self.say(f"Exporting {job.name} to {wanted.dtype} ONNX")
@@ -629,7 +630,7 @@ class SuiteRun:
             tokens = self._evaluation_rows(loaded.tokenizer, context_length_of(loaded.model))[:1, :CHECK_TOKENS]
             export(loaded, path, to="onnx", options=options, check_tokens=tokens, progress=progress)
 
-        inputs = {"cell": self._inputs(job), "dtype": wanted.dtype}
+        inputs = {"cell": self._inputs(job), "options": dataclasses.asdict(options)}
         return self.work.folder(f"export-{job.name}", inputs, make)
 
     def _measure(self, dense: Path, candidate: Path, wanted: ExportsSpec, progress: Progress) -> dict[str, Any]:

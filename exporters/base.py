@@ -52,8 +52,8 @@ class ExportOptions:
         embeddings: int8 and int4: what embedding and LM head are in, ``"int4"``, ``"int8"`` or ``"fp32"`` (int8).
         accuracy_level: int8 and int4: the least that onnxruntime computes activations in: 1 fp32, 2 fp16, 3 bf16, 4
             int8; 0 leaves it open (4 on the cpu, else 0).
-        smooth: int8 and int4: how far activations are evened out before weights are rounded, from 0, not at all, to 1;
-            see `smoothing` (0).
+        smooth: int8 and int4: activations are evened out before weights are rounded, by so large a share of what can
+            be done to them, up to 1, and the weights by the rest; 0: nothing is; see `smoothing` (0).
         ep: onnx: the execution provider that the graph is made for. All but cpu compute in fp16 unless dtype is fp32.
         layout: onnx: ``"flat"``, or ``"transformersjs"`` with the graph in a folder of its own.
         max_kl: onnx: the largest divergence from the source that is let pass, nats per token (by dtype).
@@ -90,7 +90,7 @@ class ExportOptions:
             if value is not None and value not in possible:
                 raise ConfigError(f"{name}={value}: possible are {', '.join(map(str, possible))}")
         if self.smooth is not None and not 0 <= self.smooth <= 1:
-            raise ConfigError(f"smooth={self.smooth}: give a strength from 0 to 1")
+            raise ConfigError(f"smooth={self.smooth}: give a strength from 0, which is off, to 1; 0.5 is usual")
         if self.max_kl is not None and not self.max_kl > 0:
             raise ConfigError(f"max_kl={self.max_kl}: give nats per token, more than 0")
 

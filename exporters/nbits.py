@@ -33,7 +33,8 @@ class Blocks:
 
     Attributes:
         codes: uint8 (N, B, block_size * bits / 8), the first weight in the lowest bits.
-        scales: float16 (N, B): what rounding them adds is far less than what rounding weights to codes does.
+        scales: float16 (N, B). What rounding them adds is less than what rounding weights to codes does, unless all
+            weights of a block are below 0.001 (8 bits).
         zero_points: uint8 (N, ceil(B * bits / 8)), packed alike; None: 2 ** (bits - 1) everywhere.
         bits: 4 or 8.
         block_size: weights that share a scale.

@@ -105,12 +105,14 @@ def patch(
 
     Raises:
         ArtifactError, ConfigError, BackendError: as `attach`; also where `path` is not empty.
+        ExportError: the export's layout cannot have the fine-tune's tokenizer.
         ParityError: the graph does not compute what the fine-tune does.
     """
     opened, checkpoint, record = Package(package), open_base(base), read_export(export)
     with new_folder(path) as folder:
         _write_graph(export, folder, changes(export, opened, checkpoint, progress))
         loaded = _brought_back(opened, checkpoint, record, folder / MERGED, progress)
+        to_onnx.check_tokenizer(loaded.tokenizer, record.options)
         source = in_dtype(loaded.model, torch.float32)
         # A fine-tune may end its answers, or draw them, otherwise than its base.
         write_graph(source, loaded.tokenizer, folder, record.options, no_progress, weights=False)

@@ -13,7 +13,7 @@ Where we differ from what the builder's command line writes:
 * matrices are quantised one by one while the graph is made (`nbits`), so that the graph is never held in fp32; the
   embedding is quantised as the LM head is, in int8 too, and tied ones are the same bytes, read as they are stored;
 * fp16 for the CPU means weights stored in fp16 and computed in fp32, which is all that its kernels can; so are the
-  scales of quantised ones, and the tables of rotary positions in all exports but those to fp32;
+  scales of quantised ones, and tables of rotary positions in all exports but those to fp32;
 * the head size of the caches is a number (transformers.js and onnxruntime-genai read it from the graph);
 * layers with a sliding window keep a cache of full length (``windowed_kv_cache=false``): the builder's short caches
   need a runtime that evicts, which of the runtimes above only onnxruntime-genai does;
@@ -500,7 +500,7 @@ class LiveModel:
         found = self.make_rows("Gather", f"{basename}/Gather", [codes, tokens], [count, bytes_each], axis=0)
         if bits == 4:
             found = self.make_unpacked(found, basename, count, bytes_each)
-        found = self.make_rows("Cast", f"{basename}/Cast", [found], [count, size], kind, to=kind)
+        found = self.make_rows("Cast", f"{basename}/Cast_codes", [found], [count, size], kind, to=kind)
         found = self.make_rows("Sub", f"{basename}/Sub", [found, zero], [count, size], kind)
         half = self.onnx_ir.DataType.FLOAT16
         scale = self.make_rows("Gather", f"{basename}/scales", [scales, tokens], [count], half, axis=0)

@@ -183,12 +183,15 @@ class OnnxSession:
         shape = (batch, self.num_key_value_heads, capacity, self.head_dim)
         return tuple((np.zeros(shape, self.kv_dtype), np.zeros(shape, self.kv_dtype)) for _ in range(self.num_layers))
 
-    def prefill(self, tokens: NDArray[np.int64], *, capacity: int | None = None) -> tuple[NDArray[np.float32], KV]:
+    def prefill(
+        self, tokens: NDArray[np.int64], *, capacity: int | None = None, chunk: int = PREFILL_CHUNK
+    ) -> tuple[NDArray[np.float32], KV]:
         """Read one prompt.
 
         Args:
             tokens: int64 (1, T), T >= 1.
             capacity: room of the cache in tokens, at least T (None = T, no room to decode into).
+            chunk: tokens of a run, at least 1.
 
         Returns:
             The logits after the last token, float32 (V,), and the cache, filled up to T.
@@ -205,9 +208,9 @@ class OnnxSession:
                 f"{length} tokens in a cache of {room}: the model has positions for {self.context_length}"
             )
         kv = self.empty_cache(1, room)
-        for start in range(0, length, PREFILL_CHUNK):
-            chunk = tokens[:, start : start + PREFILL_CHUNK]
-            logits = self._run(chunk, np.ones((1, start + chunk.shape[1]), np.int64), kv, last=True)
+        for start in range(0, length, chunk):
+            part = tokens[:, start : start + chunk]
+            logits = self._run(part, np.ones((1, start + part.shape[1]), np.int64), kv, last=True)
         return logits[0, -1], kv
 
     def step(self, tokens: NDArray[np.int64], kv: KV, lengths: NDArray[np.int64]) -> tuple[NDArray[np.float32], KV]:

@@ -35,6 +35,9 @@ from compress.surgery import clone
 TINY = 1e-5
 """Activations and weights are taken to be no smaller."""
 
+MOST = 64.0
+"""Scales are no further than this from 1: a channel that the text hardly used must not become huge when it is used."""
+
 Change = Callable[[Tensor], Tensor]
 
 
@@ -61,7 +64,7 @@ def smooth(model: PreTrainedModel, rows: TokenRows, strength: float, progress: P
     Args:
         model: of any layout, in fp32; not changed, and what stays the same is shared with the result.
         rows: text to see activations on.
-        strength: from 0, weights alone are evened out, to 1, activations alone are.
+        strength: between 0, where weights alone are evened out, and 1, where activations alone are.
         progress: told of each row.
 
     Source: SmoothQuant, section 4; AWQ, section 3.2.
@@ -75,13 +78,14 @@ def smooth(model: PreTrainedModel, rows: TokenRows, strength: float, progress: P
     for joint, activation in zip(joints, seen, strict=True):
         key = tuple(id(reader.module.weight) for reader in joint.readers)
         groups.setdefault(key, []).append((joint, activation))
-    scaled = _Scaled()
     for group in groups.values():
+        scaled = _Scaled()
         activation = torch.stack([each for _, each in group]).amax(0).float()
         joint = group[0][0]
         weight = torch.stack([reader.matrix.abs().amax(0) for reader in joint.readers]).amax(0).float()
         scales = activation.clamp(min=TINY) ** strength / weight.clamp(min=TINY) ** (1 - strength)
-        made = _per_kv_head(scales / scales.log().mean().exp(), joint, decoder.head_dim)
+        scales = (scales / scales.log().mean().exp()).clamp(1 / MOST, MOST)
+        made = _per_kv_head(scales, joint, decoder.head_dim)
         for each, _ in group:
             scaled.apply(each, made, _per_query_head(made, each, decoder.head_dim, len(scales)))
     return smoothed

@@ -18,11 +18,13 @@ from pydantic import BaseModel
 from benchmarks import delta_table as delta_tables
 from benchmarks import evaluation as evaluations
 from benchmarks import table as tables
+from benchmarks.consumers.record import ConsumersRecord
 from benchmarks.delta_table import DeltaTable
 from benchmarks.evaluation import Evaluation
 from benchmarks.gate import GateFile, Limit, read_gate
 from benchmarks.record import Record
 from benchmarks.record import read as read_record
+from benchmarks.runtimes.record import Runtimes
 from benchmarks.table import Table
 from compress.artifact import Manifest, identity, read_manifest
 from compress.delta import indices, masks, values
@@ -42,6 +44,8 @@ LEANS_ON = {
     "table": ("record", "evaluation"),
     "delta-table": ("record",),
     "fit": ("record", "evaluation"),
+    "runtimes": ("record",),
+    "consumers": ("record",),
 }
 """Sections that send the reader to others for what they share."""
 
@@ -63,6 +67,8 @@ SCHEMAS = {
     "delta-suite": DeltaSuite,
     "delta-table": DeltaTable,
     "fit": FitRecord,
+    "runtimes": Runtimes,
+    "consumers": ConsumersRecord,
 }
 
 

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output",
         type=Path,
         metavar="FILE",
-        help="where the record goes, after each export what is known so far",
+        help="where the record goes; what is known after each export lies in FILE.part.json",
     )
     parser.add_argument("--only", nargs="+", choices=CONSUMERS, default=list(CONSUMERS), help="consumers (all)")
     parser.add_argument("--prepare", action="store_true", help="only build the environments that they need")
@@ -41,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.prepare:
             return 0
         output: Path | None = given.output
-        record = ask(given.exports, consumers, command, lambda found: write(found, output) if output else None)
+        part = output.with_suffix(".part.json") if output else None
+        record = ask(given.exports, consumers, command, lambda known: write(known, part) if part else None)
+        if output and part:
+            write(record, output)
+            part.unlink()
     except FoldawayError as error:
         parser.error(str(error))
     sys.stdout.write(table(record))

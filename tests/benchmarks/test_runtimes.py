@@ -116,6 +116,23 @@ def test_weights_that_are_only_looked_up_do_not_count_and_what_is_stored_once_co
     assert read_bytes(tmp_path / MODEL_FILE) == 256
 
 
+def test_what_is_cast_while_loading_counts_as_what_it_is_read_as(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    helper, types = onnx.helper, onnx.TensorProto
+    nodes = [
+        helper.make_node("Cast", ["scales"], ["scales_fp32"], to=types.FLOAT),
+        helper.make_node("MatMul", ["x", "scales_fp32"], ["y"]),
+        helper.make_node("Gather", ["scales", "ids"], ["row"]),
+        helper.make_node("Cast", ["row"], ["row_fp32"], to=types.FLOAT),
+        helper.make_node("Cast", ["cos_fp16"], ["cos"], to=types.FLOAT),
+        helper.make_node("GroupQueryAttention", ["y", "cos"], ["z"], domain="com.microsoft"),
+    ]
+    tensors = [helper.make_tensor(name, types.FLOAT16, [4, 4], [0.0] * 16) for name in ("scales", "cos_fp16")]
+    x, z = (helper.make_tensor_value_info(name, types.FLOAT, [1, 4]) for name in "xz")
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [x], [z], tensors)), str(tmp_path / MODEL_FILE))
+    assert read_bytes(tmp_path / MODEL_FILE) == 4 * 16
+
+
 def test_prompts_are_the_same_everywhere_and_within_the_vocabulary() -> None:
     prompt = prompt_of(200, V)
     assert prompt == prompt_of(400, V)[:200]

@@ -423,7 +423,6 @@ def test_a_prompt_that_is_read_wrongly_fails_the_export(tmp_path: Path, monkeypa
             kv[0][0][:] = 0
         return right(self, tokens, mask, kv, **options)
 
-    monkeypatch.setattr(onnx_session, "PREFILL_CHUNK", 16)
     monkeypatch.setattr(OnnxSession, "_run", forgetful)
     with pytest.raises(ParityError, match="decoding with a cache"):
         exported(tiny("llama"), tmp_path / "x")
@@ -524,6 +523,23 @@ def test_tied_embeddings_are_stored_once(dtype: str, bytes_each: float, tmp_path
     assert 0.9 * table < sizes[False] - sizes[True] < 1.1 * table + onnx_file.PAGE
 
 
+def test_large_tensors_begin_a_page_and_small_ones_come_after_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_file, "MAPPED", 8192)
+    path = exported(tiny("llama"), tmp_path / "x").path
+    places = {}
+    for tensor in onnx.load(str(path / "model.onnx"), load_external_data=False).graph.initializer:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        if where:
+            places[tensor.name] = int(where["offset"]), int(where["length"])
+    large = [offset for offset, length in places.values() if length >= 8192]
+    small = [offset for offset, length in places.values() if length < 8192]
+    assert len(large) > 10 < len(small)
+    assert all(offset % onnx_file.PAGE == 0 for offset in large)
+    assert max(large) < min(small)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int4"])
 def test_the_same_model_gives_the_same_bytes(dtype: str, tmp_path: Path) -> None:
     first, second = (exported(ragged(tiny("phi3")), tmp_path / name, dtype).path for name in "ab")
@@ -542,6 +558,7 @@ def test_the_same_model_gives_the_same_bytes(dtype: str, tmp_path: Path) -> None
         {"embeddings": "fp32"},
         {"int8": ("qkv",)},
         {"int8": ("o", "gate", "up", "down")},
+        {"smooth": 0.5},
         {"ep": "webgpu"},
     ],
     ids=str,
@@ -551,8 +568,10 @@ def test_every_option_of_int4_matters(options: dict[str, Any], tmp_path: Path) -
         exported(tiny("llama"), tmp_path / "a", "int4"),
         exported(tiny("llama"), tmp_path / "b", "int4", **options),
     )
-    graphs = [(done.path / "model.onnx").read_bytes() for done in (usual, other)]
-    assert graphs[0] != graphs[1]
+    written = [
+        [(done.path / name).read_bytes() for name in ("model.onnx", "model.onnx_data")] for done in (usual, other)
+    ]
+    assert written[0] != written[1]
     assert dataclasses.asdict(read_export(other.path).options).items() >= options.items()
 
 

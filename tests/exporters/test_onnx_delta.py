@@ -259,6 +259,11 @@ def refused(folder: Path, tmp_path: Path, match: str, dtype: str = "fp32", **cha
     assert not list((tmp_path / "deep").iterdir())
 
 
+def test_a_smoothed_export_is_refused(llama: Path, tmp_path: Path) -> None:
+    base = exported(llama / "base", tmp_path / "smoothed", "int8", smooth=0.5)
+    refused(llama, tmp_path, "was smoothed, by scales that only the base's own activations give", export=base)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "int4"])
 def test_the_export_of_another_model_is_refused(dtype: str, llama: Path, tmp_path: Path) -> None:
     model = tiny("llama")

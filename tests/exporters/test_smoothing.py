@@ -104,8 +104,32 @@ def test_an_export_says_how_far_it_was_smoothed_and_loses_less(tmp_path: Path) -
     assert (again / "model.onnx_data").read_bytes() == (done.path / "model.onnx_data").read_bytes()
 
 
+@pytest.mark.parametrize("ep", ["cpu", "webgpu"])
+@pytest.mark.parametrize("model_type", BUILDABLE)
+def test_a_smoothed_export_of_blocks_that_share_decodes_as_its_weights_say(
+    model_type: str, ep: str, tmp_path: Path
+) -> None:
+    model = shared(model_type, adapter_rank=3)
+    parity = exported(model, tmp_path / "x", "int4", smooth=0.5, ep=ep).parity
+    assert parity.decode_max_abs_difference < (1e-4 if ep == "cpu" else 0.2)
+    plain = exported(model, tmp_path / "y", "int4", ep=ep)
+    assert (
+        plain.bytes
+        == (tmp_path / "x" / "model.onnx").stat().st_size + (tmp_path / "x" / "model.onnx_data").stat().st_size
+    )
+
+
+def test_a_channel_that_the_text_never_used_is_not_scaled_without_bound() -> None:
+    model = tiny("llama")
+    block = Decoder(model).blocks[0]
+    block.ffn_in[0].matrix[7] = 0.0  # its gate is closed
+    smoothed = Decoder(smooth(model, ROWS, 1.0, no_progress)).blocks[0]
+    ratio = smoothed.ffn_in[1].matrix[7].abs().amax() / block.ffn_in[1].matrix[7].abs().amax()
+    assert 16 < ratio <= 64 * 8  # of this joint, and of the columns, which the joint before scales
+
+
 def test_what_cannot_be_smoothed_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"smooth=1\.5: give a strength from 0 to 1"):
+    with pytest.raises(ConfigError, match=r"smooth=1\.5: give a strength from 0, which is off, to 1"):
         ExportOptions(dtype="int8", smooth=1.5)
     with pytest.raises(ConfigError, match=r"smooth=0\.5: the fp16 onnx export has no use for it"):
         exported(tiny("llama"), tmp_path / "x", "fp16", smooth=0.5)
