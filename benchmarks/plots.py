@@ -417,12 +417,14 @@ def _spot(place: int, x: float, y: float) -> Html:
 
 
 def _spot_legend(spots: Sequence[Spot]) -> list[Html]:
-    """Names in columns below the panels."""
-    columns = 4
-    drawn = []
+    """Names below the panels, one after the other in lines."""
+    drawn, left, level = [], 24.0, BOTTOM - 14
     for place, spot in enumerate(spots):
-        left, level = 24 + (WIDTH - 32) / columns * (place % columns), BOTTOM - 14 + 20 * (place // columns)
+        width = 36 + 6.8 * len(spot.label)
+        if left + width > WIDTH:
+            left, level = 24.0, level + 20
         drawn += [_spot(place, left, level - 4), tag("text", spot.label, x=left + 12, y=level)]
+        left += width
     return drawn
 
 
