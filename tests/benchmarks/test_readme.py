@@ -9,6 +9,7 @@ import pytest
 from benchmarks import delta_table as deltas
 from benchmarks import record as records
 from benchmarks import table as suites
+from benchmarks.consumers import record as consumers
 from benchmarks.readme import ROOT, documents, pictures, with_fresh_tables
 from benchmarks.runtimes import record as runtimes
 from compress.errors import ConfigError
@@ -37,7 +38,7 @@ def test_the_pictures_are_those_of_their_records() -> None:
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)
 def test_every_committed_record_can_be_read(path: Path) -> None:
-    readers = {suites.FORMAT: suites.read, deltas.FORMAT: deltas.read, runtimes.FORMAT: runtimes.read}
+    readers = {each.FORMAT: each.read for each in (suites, deltas, runtimes, consumers)}
     assert readers.get(records.format_of(path), records.read)(path).id
 
 
