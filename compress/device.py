@@ -85,6 +85,13 @@ def take_back(model: PreTrainedModel) -> None:
     model.to("cpu")  # type: ignore[arg-type]
 
 
+def has_bf16(device: str) -> bool:
+    """Whether products in bf16 are worth it: on GPUs, and on CPUs with more than AVX2, which takes ten times as long
+    as in fp32.
+    """
+    return torch.device(device).type != "cpu" or torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+
+
 def autocast(model: PreTrainedModel, device: str) -> AbstractContextManager[Any]:
     """bf16 for the matrix products of an fp32 model on a GPU, while it learns."""
     if torch.device(device).type == "cuda" and model.dtype == torch.float32:

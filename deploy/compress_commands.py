@@ -317,7 +317,7 @@ def add_distill(commands: Any) -> None:
           correction_epochs=0, correction_lr=2e-5    let a copy of the teacher adapt itself to the rows first
           top_tokens=0       keep the teacher's N most likely tokens on disk and learn from those: worth it from two
                              epochs on, with N of some hundreds
-          precision=bf16     that matrices are multiplied in; fp32 is slower
+          precision=bf16     that matrices are multiplied in, where the device is fast at it; else, and with fp32, fp32
           held_out=0         rows, the last ones, that nothing learns from: they say how far it has come
           seed=0             of the order of the rows
 

@@ -36,6 +36,7 @@ from compress.activations import block_inputs, logits_from, output_seen, through
 from compress.arch import check_text_model
 from compress.calibration import TokenRows, parts
 from compress.decoder import Decoder
+from compress.device import has_bf16
 from compress.errors import ConfigError
 from compress.files import new_file
 from compress.gating import evaluating
@@ -73,7 +74,8 @@ class DistillConfig:
         correction_lr: its learning rate, at its highest.
         top_tokens: keep so many of the teacher's most likely tokens at each place on disk, and learn from those; 0:
             all, computed at each step. It pays where rows are taken several times.
-        precision: what matrices are multiplied in while they learn, "bf16" or "fp32"; weights are held in fp32.
+        precision: what matrices are multiplied in while they learn, "bf16", where the device is fast at it, or "fp32";
+            weights are held in fp32.
         held_out: rows, the last ones, that nothing learns from: what is lost on them before and after is reported.
         seed: of the order of the rows.
     """
@@ -358,7 +360,7 @@ class _Lesson:
         return states, divergence_from(self.teacher, last, temperature, last.device)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.config.precision == "fp32":
+        if self.config.precision == "fp32" or not has_bf16(self.run.device):
             return nullcontext()
         return torch.autocast(torch.device(self.run.device).type, torch.bfloat16)
 

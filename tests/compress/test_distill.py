@@ -150,6 +150,16 @@ def test_several_parts_of_the_logits_make_the_step_of_one(monkeypatch: pytest.Mo
         assert torch.allclose(one, other, atol=1e-9)
 
 
+def test_a_cpu_that_is_slow_at_bf16_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    def learnt(capability: str, precision: str) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        return state(learn(smaller("llama"), tiny("llama"), precision=precision).model)
+
+    exact = learnt("AVX512", "fp32")
+    assert same(learnt("AVX2", "bf16"), exact)
+    assert not same(learnt("AVX512", "bf16"), exact)
+
+
 def test_memory_counts_the_correction_of_a_teacher() -> None:
     plain, corrected = (
         distill.memory(tiny("llama"), 6, 24, distill.DistillConfig(correction_epochs=n), 0) for n in (0, 1)
