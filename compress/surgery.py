@@ -228,7 +228,7 @@ def _keep_entries(norm: Any, index: torch.Tensor) -> None:
         norm.normalized_shape = (len(index),)
 
 
-def scale_norm(norm: Any, factor: float, offset: float) -> None:
+def scale_norm(norm: Any, factor: float | torch.Tensor, offset: float) -> None:
     """Scale what a norm multiplies with, which is its weight plus ``offset``; a bias stays."""
     old = norm.weight
     wide = old.to(torch.promote_types(old.dtype, torch.float32))

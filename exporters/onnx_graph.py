@@ -370,8 +370,12 @@ class LiveModel:
     def make_half(self: Any, tensor: Any, stored: str, name: str) -> None:
         """Store numbers in fp16 under one name; the other is what they are cast to."""
         super().make_initializer(tensor, stored, to=self.onnx_ir.DataType.FLOAT16)  # type: ignore[misc]
+        self.make_cast_of(stored, name, tensor.shape)
+
+    def make_cast_of(self: Any, stored: str, name: str, shape: Any) -> None:
+        """Cast what is stored in fp16, once."""
         self.make_node("Cast", [stored], [name], name=f"/{name}/Cast", to=self.onnx_ir.DataType.FLOAT)
-        self.make_value(name, self.onnx_ir.DataType.FLOAT, tensor.shape)
+        self.make_value(name, self.onnx_ir.DataType.FLOAT, shape)
 
     def make_packed_matmul_float_class(self: Any, *matmuls: Any, **kwargs: Any) -> Any:
         """q|k|v as one matrix; of the same three it is the same one. Quantised ones are joined when they are."""
@@ -400,6 +404,9 @@ class LiveModel:
             parts = getattr(matmul, "parts", None) or [matmul.weight]
             algorithm = EMBEDDINGS_BY if is_head else self.options.algorithm
             width, inputs = sum(map(len, parts)), self.make_blocks(parts, weight, bits, algorithm)
+            if self.casts_half:
+                stored, inputs[1] = inputs[1], f"{inputs[1]}_fp32"
+                self.make_cast_of(stored, inputs[1], self.values[stored].shape)
             settings = {"K": parts[0].shape[1], "N": width, "bits": bits, "block_size": self.options.block_size}
             if self.options.accuracy_level:
                 settings["accuracy_level"] = self.options.accuracy_level
@@ -432,12 +439,7 @@ class LiveModel:
             blocks = join(found)
             names = [f"{name}_Q{bits}", f"{name}_scales", f"{name}_zero_points"]
             super().make_initializer(blocks.codes, names[0])  # type: ignore[misc]
-            stored, scales = names[1], torch.from_numpy(blocks.scales)
-            if self.casts_half:
-                names[1] = f"{stored}_fp32"
-                self.make_half(scales, stored, names[1])
-            else:
-                super().make_initializer(scales, stored)  # type: ignore[misc]
+            super().make_initializer(torch.from_numpy(blocks.scales), names[1])  # type: ignore[misc]
             if blocks.zero_points is None:
                 names.pop()
             else:
@@ -492,7 +494,6 @@ class LiveModel:
         """
         size, kind = self.options.block_size, self.io_dtype
         codes, scales = self.make_blocks([embedding], EMBEDDING, bits, EMBEDDINGS_BY)
-        scales = scales.removesuffix("_fp32")  # rows are cast, not the table
         count = -(-self.hidden_size // size)
         tokens = self.input_names["input_ids"]
         zero = f"/model/constants/{self.to_str_dtype(kind)}/{2.0 ** (bits - 1)}"

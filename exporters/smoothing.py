@@ -28,9 +28,10 @@ from transformers import PreTrainedModel
 from compress.activations import mean_over_rows
 from compress.calibration import TokenRows
 from compress.decoder import Block, Decoder, Projection
+from compress.importance import AGGREGATORS
 from compress.remote_code import submodule
 from compress.result import Progress, Run
-from compress.surgery import clone
+from compress.surgery import clone, scale_norm
 
 TINY = 1e-5
 """Activations and weights are taken to be no smaller."""
@@ -74,7 +75,8 @@ def smooth(model: PreTrainedModel, rows: TokenRows, strength: float, progress: P
     groups: dict[tuple[int, ...], list[tuple[Joint, Tensor]]] = {}
     joints = [joint for block in decoder for joint in _joints(block, decoder)]
     points = [joint.readers[0].module for joint in joints]
-    seen = mean_over_rows(decoder, points, _magnitude, rows.only_tokens(), Run(progress), "smooth: see activations")
+    magnitude, tokens = AGGREGATORS["mean"], rows.only_tokens()  # AWQ's measure, which did better than the largest
+    seen = mean_over_rows(decoder, points, magnitude, tokens, Run(progress), "smooth: see activations")
     for joint, activation in zip(joints, seen, strict=True):
         key = tuple(id(reader.module.weight) for reader in joint.readers)
         groups.setdefault(key, []).append((joint, activation))
@@ -105,11 +107,6 @@ def _joints(block: Block, decoder: Decoder) -> Iterator[Joint]:
             yield Joint([block.ffn_out], maker=readers[-1])
 
 
-def _magnitude(activations: Tensor) -> Tensor:
-    """Of each channel, its mean over tokens, (T, X) -> (X,): AWQ's measure, which did better than the largest."""
-    return activations.abs().mean(0)
-
-
 def _per_kv_head(scales: Tensor, joint: Joint, head_dim: int) -> Tensor:
     """From channels as they are read, (H * D,), to channels as they are made, (K * D,): their geometric mean."""
     if not joint.kv_heads:
@@ -135,8 +132,7 @@ class _Scaled:
         """Divide channels where they are made, by `made`, and multiply the weights that read them, by `read`."""
         if joint.norm is not None:
             norm, offset = joint.norm
-            self._change(norm, "weight", lambda weight: (weight + offset) / made - offset)
-            self._change(norm, "bias", lambda bias: bias / made)
+            scale_norm(norm, 1 / made, offset)
         if joint.maker is not None:
             module, count = joint.maker.module, len(made)
 

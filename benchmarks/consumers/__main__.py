@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output",
         type=Path,
         metavar="FILE",
-        help="where the record goes; what is known after each export lies in FILE.part.json",
+        help="where the record goes; while it asks, what it knows lies beside that in a .part.json",
     )
     parser.add_argument("--only", nargs="+", choices=CONSUMERS, default=list(CONSUMERS), help="consumers (all)")
     parser.add_argument("--prepare", action="store_true", help="only build the environments that they need")

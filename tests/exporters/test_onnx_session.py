@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from compress.errors import BackendError, ConfigError
 from compress.sources import Loaded, Origin
 from compress.surgery import drop_attention
-from exporters import export, onnx_session
+from exporters import export
 from exporters.onnx_session import KV, OnnxSession, load_tokenizer
 from tests.conftest import CONTEXT, byte_tokenizer, tiny, token_rows
 
@@ -94,8 +94,15 @@ def test_a_long_prompt_read_in_chunks_gives_the_same_logits(
     session: OnnxSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = session.prefill(prompt(40))
-    monkeypatch.setattr(onnx_session, "PREFILL_CHUNK", 7)
-    chunked, kv = session.prefill(prompt(40))
+    runs, right = [], session._run
+
+    def counted(tokens: Any, *rest: Any, **options: Any) -> Any:
+        runs.append(tokens.shape[1])
+        return right(tokens, *rest, **options)
+
+    monkeypatch.setattr(session, "_run", counted)
+    chunked, kv = session.prefill(prompt(40), chunk=7)
+    assert runs == [7, 7, 7, 7, 7, 5]
     np.testing.assert_allclose(chunked, whole, atol=1e-4)
     assert kv[0][0].shape == (1, session.num_key_value_heads, 40, session.head_dim)
 
