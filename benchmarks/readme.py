@@ -19,6 +19,7 @@ from benchmarks.consumers import record as consumers
 from benchmarks.measures import METRICS
 from benchmarks.record import Record
 from benchmarks.runtimes import record as runtimes
+from benchmarks.throughput import record as throughput
 from benchmarks.words import MEANINGS, NAMES, headline, number, quantity, times
 from compress.errors import ConfigError
 from compress.files import write_file
@@ -52,6 +53,8 @@ def _tables(root: Path, folder: Path, source: str, name: str | None) -> str:
         return consumers.table(consumers.read(root / source))
     if records.format_of(root / source) == runtimes.FORMAT:
         return runtimes.document(runtimes.read(root / source), link)
+    if records.format_of(root / source) == throughput.FORMAT:
+        return throughput.document(throughput.read(root / source), link)
     if name is None:
         return tables(records.read(root / source), link)
     if records.format_of(root / source) == deltas.FORMAT:
@@ -77,6 +80,8 @@ def pictures(root: Path = ROOT) -> dict[Path, str]:
             drawn[path.with_suffix(".svg")] = deltas.chart(deltas.read(path)) + "\n"
         elif kind == runtimes.FORMAT:
             drawn[path.with_suffix(".svg")] = runtimes.chart(runtimes.read(path)) + "\n"
+        elif kind == throughput.FORMAT:
+            drawn[path.with_suffix(".svg")] = throughput.chart(throughput.read(path)) + "\n"
     return drawn
 
 

@@ -126,6 +126,12 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+LLAMA_BLOCKS = ("llama", "mistral", "qwen2")
+"""Architectures whose blocks are Llama's, with or without biases."""
+VLLM_BLOCKS = (*LLAMA_BLOCKS, "qwen3")
+"""Architectures that our plugin for vLLM builds from blocks that differ or share."""
+
+
 @dataclass(frozen=True)
 class Composite:
     """A vision-language model of transformers.

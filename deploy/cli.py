@@ -47,13 +47,21 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = parse(given)
     if not hasattr(arguments, "handler"):
-        parser.print_help(sys.stderr)
+        build_parser().print_help(sys.stderr)
         return USER_ERROR
-    command_line = shlex.join(["foldaway", *(sys.argv[1:] if argv is None else argv)])
+    command_line = shlex.join(["foldaway", *given])
     return call(arguments.handler, arguments, command_line)
+
+
+def parse(given: Sequence[str]) -> argparse.Namespace:
+    """Read a command line; what follows ``--`` behind serve is for vLLM, as ``flags``."""
+    ours = given[: given.index("--")] if given[:1] == ["serve"] and "--" in given else given
+    arguments = build_parser().parse_args(ours)
+    arguments.flags = list(given[len(ours) + 1 :])
+    return arguments
 
 
 def call(handler: Callable[[argparse.Namespace], int], arguments: argparse.Namespace, command_line: str) -> int:
@@ -186,12 +194,16 @@ def add_export_options(parser: Any) -> None:
     """The options of `foldaway export`, which optimum-cli has too."""
     parser.add_argument("path", metavar="PATH", help=MODEL_HELP)
     parser.add_argument(
-        "--to", required=True, metavar="FORMAT", help="onnx (onnxruntime and what builds on it) or hf (transformers)"
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        help="onnx (onnxruntime and what builds on it), hf (transformers) or vllm",
     )
     parser.add_argument(
         "--dtype",
         metavar="TYPE",
-        help="of the weights. onnx: fp32 (default), fp16, int8 or int4. hf: fp32, fp16 or bf16 (default: as they are)",
+        help="of the weights. onnx: fp32 (default), fp16, int8 or int4. hf and vllm: fp32, fp16 or bf16 (default: as "
+        "they are)",
     )
     quantised = parser.add_argument_group("int8 and int4 (docs/exporters.md says what each costs)")
     quantised.add_argument("--algorithm", metavar="NAME", help="how weights are rounded: rtn (default), k-quant or hqq")
@@ -247,6 +259,16 @@ def add_export_options(parser: Any) -> None:
         action="store_true",
         help="hf: give blocks that share weights copies of their own, for runtimes that cannot share",
     )
+    vllm = parser.add_argument_group("vllm (docs/vllm.md says which models need what)")
+    vllm.add_argument(
+        "--divisor", type=int, metavar="N", help="pad FFN widths to multiples of 64 or 256, as GPU kernels want them"
+    )
+    vllm.add_argument(
+        "--no-plugin",
+        dest="plugin",
+        action="store_false",
+        help="write no folder that needs foldaway beside vLLM: copy and pad blocks instead, where it comes to that",
+    )
     add_check(parser)
     add_dry_run(parser, "say whether the format takes the model, and how large it would be; write nothing")
     add_output(parser, "the export's folder; must not exist yet, or be empty")
@@ -284,6 +306,7 @@ def export_command(arguments: argparse.Namespace) -> int:
             f"at {parity.argmax_agreement:.1%}, and the worst logit difference {parity.max_abs_difference:.2g}; it "
             f"diverges by {parity.kl:.2g} nats per token"
         )
+        _note(terminal, made.notes)
         layout = layout_of(loaded.model)
         if arguments.expand and layout.kind == "shared":
             terminal.say(
@@ -303,12 +326,18 @@ def export_command(arguments: argparse.Namespace) -> int:
     )
 
 
+def _note(terminal: Terminal, notes: Sequence[str]) -> None:
+    for note in notes:
+        terminal.say(f"{note[0].upper()}{note[1:]}")
+
+
 def _predict_export(path: str, to: str, options: Any) -> int:
     from deploy.predict import predict_export
 
     with open_terminal() as terminal:
-        parameters, size = predict_export(path, to, options)
+        parameters, size, notes = predict_export(path, to, options)
         terminal.say(f"{to} takes {path}: {parameters:,} parameters, about {size / 1e6:,.0f} MB of weights")
+        _note(terminal, notes)
     return finish({"path": path, "to": to, "parameters": parameters, "bytes": size})
 
 
@@ -327,12 +356,18 @@ def _add_serve(commands: Any) -> None:
           OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
 
         Ctrl-C and SIGTERM let running answers finish.
+
+        --backend vllm runs vLLM's own server on the model, ragged and shared ones included; flags of vLLM follow
+        after --, as in:  foldaway serve smol-25 --backend vllm -- --tensor-parallel-size 2
+        docs/vllm.md says what it takes, docs/scaling.md how to use several GPUs and machines.
         """,
         "foldaway serve smol-25-onnx --port 8000",
     )
-    parser.add_argument("path", metavar="PATH", help=f"an ONNX export, {MODEL_HELP}")
+    parser.add_argument("path", metavar="PATH", help=f"an ONNX or vLLM export, {MODEL_HELP}")
     parser.add_argument(
-        "--backend", metavar="NAME", help="onnx or torch (default: onnx for an ONNX export, else torch)"
+        "--backend",
+        metavar="NAME",
+        help="onnx, torch or vllm (default: onnx for an ONNX export, vllm for one for vLLM, else torch)",
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)"
@@ -343,13 +378,21 @@ def _add_serve(commands: Any) -> None:
     )
     parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="prompt and answer together, at most")
     parser.add_argument("--api-key-file", metavar="FILE", help="require this bearer key (or FOLDAWAY_API_KEY)")
+    parser.add_argument(
+        "--delta",
+        action="append",
+        default=[],
+        metavar="NAME=PACKAGE",
+        help="vllm: merge a fine-tune's delta into PATH while loading, and serve it under this name",
+    )
     _until_stdin_closes(parser)
     add_device(parser)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from serving import serve
+    from serving.service import serve
 
+    deltas = [_name_and_package(each) for each in arguments.delta]
     terminal = open_terminal()
     terminal.say(f"Loading {arguments.path}")
     _stop_with_parent(arguments)
@@ -362,9 +405,21 @@ def _serve(arguments: argparse.Namespace) -> int:
         max_model_len=arguments.max_model_len,
         api_key=_api_key(arguments.api_key_file),
         device=checked_device(arguments.device),
+        deltas=dict(deltas),
+        flags=arguments.flags,
         ready=lambda url: terminal.say(f"Serving at {url}/v1 until Ctrl-C"),
+        say=terminal.say,
+        quiet=terminal.console.is_terminal,
+        progress=terminal.progress,
     )
     return finish({"path": arguments.path, "stopped": True})
+
+
+def _name_and_package(text: str) -> tuple[str, str]:
+    name, equals, package = text.partition("=")
+    if not (name and equals and package):
+        raise ConfigError(f"--delta {text}: give NAME=PACKAGE, the name towards clients and the package's folder")
+    return name, package
 
 
 def _until_stdin_closes(parser: Any) -> None:

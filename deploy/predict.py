@@ -18,7 +18,7 @@ from compress.result import Run
 from compress.sources import skeleton
 from compress.surgery import expand
 from deploy.recipe import CalibrationSpec, StepSpec
-from exporters import exporter_named, to_hf
+from exporters import exporter_named, to_hf, to_vllm
 from exporters.base import QUANTISED, ExportOptions
 from exporters.to_onnx import check_layout, complete
 
@@ -86,8 +86,8 @@ def predict(
 BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "int8": 8.0, "int4": 4.0}
 
 
-def predict_export(model: str, to: str, options: ExportOptions) -> tuple[int, int]:
-    """Parameters of an export, and about how many bytes its weights take.
+def predict_export(model: str, to: str, options: ExportOptions) -> tuple[int, int, tuple[str, ...]]:
+    """Parameters of an export, about how many bytes its weights take, and what else is to be said of it.
 
     Raises:
         LayoutNotSupported: the format has no words for the model.
@@ -95,21 +95,28 @@ def predict_export(model: str, to: str, options: ExportOptions) -> tuple[int, in
     """
     exporter_named(to)
     shape = skeleton(model)
-    options = complete(options) if to == "onnx" else to_hf.complete(options, shape.dtype)
+    notes: tuple[str, ...] = ()
     if to == "onnx":
+        options = complete(options)
         check_layout(shape, options)
+    elif to == "vllm":
+        options = to_vllm.complete(options, shape.dtype)
+        made = to_vllm.plan(shape, options)
+        shape, notes = made.model, made.notes
+    else:
+        options = to_hf.complete(options, shape.dtype)
     if options.expand:
         expand(shape)
     parameters = budget.count(shape).total
     dtype = str(options.dtype)
     if options.block_size is None:
-        return parameters, int(parameters * BITS[dtype] / 8)
+        return parameters, int(parameters * BITS[dtype] / 8), notes
     head: Any = shape.get_output_embeddings()  # type: ignore[no-untyped-call]
     embeddings = sum(table.numel() for table in {shape.get_input_embeddings().weight, head.weight})
     kept = sum(_numel(block, part) for block in Decoder(shape) for part in options.int8)
     bits = {each: BITS[each] + BITS["fp16"] / options.block_size for each in QUANTISED} | {"fp32": BITS["fp32"]}
     of_blocks = (parameters - embeddings - kept) * bits[dtype] + kept * bits["int8"]
-    return parameters, int((of_blocks + embeddings * bits[str(options.embeddings)]) / 8)
+    return parameters, int((of_blocks + embeddings * bits[str(options.embeddings)]) / 8), notes
 
 
 def _numel(block: Block, part: str) -> int:

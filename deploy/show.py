@@ -11,6 +11,7 @@ from benchmarks import record as records
 from benchmarks.evaluation import Evaluation
 from benchmarks.record import Record
 from benchmarks.table import Table
+from benchmarks.throughput import record as throughput
 from benchmarks.words import gains_and_losses, headline
 from compress import artifact
 from compress.delta.checkpoint import is_delta
@@ -54,7 +55,7 @@ def describe(path: Path) -> tuple[str, list[str], dict[str, Any]]:
 
 
 def _describe_record(path: Path) -> tuple[str, list[str], dict[str, Any]]:
-    """A record of a run, a benchmark or a search, an evaluation, or a suite's table."""
+    """A record of a run, a benchmark or a search, an evaluation, a suite's table, or models that were served."""
     found: Record | Evaluation | Table
     kind = records.format_of(path)
     if kind == evaluation.FORMAT:
@@ -72,6 +73,10 @@ def _describe_record(path: Path) -> tuple[str, list[str], dict[str, Any]]:
     if kind == fit_record.FORMAT:
         search = fit_record.read(path)
         return "search", fit_record.outcome(search), json.loads(search.model_dump_json())
+    if kind == throughput.FORMAT:
+        speeds = throughput.read(path)
+        words = [f"{speeds.title}, by {throughput.engine(speeds)}", *throughput.summary_lines(speeds)]
+        return "throughput", words, json.loads(speeds.model_dump_json())
     found = records.read(path)
     return "record", [found.title, *outcome(found)], json.loads(found.model_dump_json())
 

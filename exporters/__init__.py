@@ -15,10 +15,10 @@ from compress.errors import ConfigError
 from compress.files import check_free
 from compress.result import Progress, no_progress
 from compress.sources import Loaded
-from exporters import to_hf, to_onnx
+from exporters import to_hf, to_onnx, to_vllm
 from exporters.base import Exported, Exporter, ExportOptions, ExportRecord, is_export, read_export
 
-EXPORTERS: dict[str, Exporter] = {"onnx": to_onnx.export, "hf": to_hf.export}
+EXPORTERS: dict[str, Exporter] = {"onnx": to_onnx.export, "hf": to_hf.export, "vllm": to_vllm.export}
 
 
 def exporter_named(to: str) -> Exporter:

@@ -30,6 +30,8 @@ QUANTISED = ("int8", "int4")
 EMBEDDINGS = ("fp32", *QUANTISED)
 PARTS = ("qkv", "o", "gate", "up", "down")
 """Of a block: what makes queries, keys and values; the attention's output; the three matrices of the FFN."""
+DIVISORS = (64, 256)
+"""Of FFN widths: what kernels on GPUs ask for."""
 PROVIDERS = ("cpu", "cuda", "webgpu", "dml")
 LAYOUTS = {"flat": "", "transformersjs": "onnx/"}
 """Layout of an ONNX folder -> where the graph lies in it."""
@@ -45,7 +47,7 @@ class ExportOptions:
 
     Attributes:
         dtype: onnx: ``"fp32"`` (default), ``"fp16"``, ``"int8"`` or ``"int4"``; hf: ``"fp32"``, ``"fp16"``, ``"bf16"``
-            (as the source has them).
+            (as the source has them); vllm: the same.
         block_size: int8 and int4: weights along the input dimension that share one scale (32).
         algorithm: int8 and int4: one of ALGORITHMS, see `nbits` (rtn).
         int8: int4: parts of blocks that are stored in int8 all the same, of PARTS.
@@ -58,6 +60,8 @@ class ExportOptions:
         layout: onnx: ``"flat"``, or ``"transformersjs"`` with the graph in a folder of its own.
         max_kl: onnx: the largest divergence from the source that is let pass, nats per token (by dtype).
         expand: hf only: blocks that share weights get copies of their own.
+        divisor: vllm only: FFN widths are padded to multiples of this (exact widths).
+        plugin: vllm only: whether it may be written for foldaway's plugin; else it is padded and expanded as needed.
 
     Raises:
         ConfigError: a value out of range.
@@ -74,6 +78,8 @@ class ExportOptions:
     layout: str = "flat"
     max_kl: float | None = None
     expand: bool = False
+    divisor: int | None = None
+    plugin: bool = True
 
     def __post_init__(self) -> None:
         choices: dict[str, tuple[object, ...]] = {
@@ -83,6 +89,7 @@ class ExportOptions:
             "accuracy_level": tuple(range(5)),
             "ep": PROVIDERS,
             "layout": tuple(LAYOUTS),
+            "divisor": DIVISORS,
         }
         asked = [(name, getattr(self, name), possible) for name, possible in choices.items()]
         asked += [("int8", part, PARTS) for part in self.int8]
@@ -113,6 +120,7 @@ class Exported:
         bytes: graph and weights; tokenizer and texts are not counted.
         parameters: distinct parameters of the model, which are those of its source unless it was expanded.
         files: name -> bytes of every file but export.json.
+        notes: what it takes to load it, and what was given up for the format, in sentences without a full stop.
     """
 
     path: Path
@@ -122,6 +130,7 @@ class Exported:
     bytes: int
     parameters: int
     files: Mapping[str, int]
+    notes: tuple[str, ...] = ()
 
 
 Exporter = Callable[[Loaded, Path, ExportOptions, Tensor, Progress], Exported]
@@ -232,8 +241,8 @@ def seal(folder: Path, loaded: Loaded, to: str, options: ExportOptions, parity: 
     return record
 
 
-def exported(path: Path, record: ExportRecord) -> Exported:
-    """The record of an export, as its caller wants it."""
+def exported(path: Path, record: ExportRecord, notes: tuple[str, ...] = ()) -> Exported:
+    """The record of an export, and what else is to be said of it, as its caller wants it."""
     return Exported(
         path=path,
         format=record.to,
@@ -242,6 +251,7 @@ def exported(path: Path, record: ExportRecord) -> Exported:
         bytes=record.bytes,
         parameters=record.parameters,
         files={name: entry.bytes for name, entry in record.files.items()},
+        notes=notes,
     )
 
 

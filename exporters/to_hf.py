@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,12 @@ def export(
         expand(model)
     with new_folder(path) as folder:
         write_model(model, loaded.tokenizer, folder, loaded.processor)
-        parity = _check_parity(loaded.model, model, folder, check_tokens, progress)
-        (folder / "README.md").write_text(_card(loaded, dtype, layout_of(model), parity), encoding="utf-8")
+        parity = check_parity(loaded.model, model, folder, check_tokens, progress)
+        layout = layout_of(model)
+        code = "" if layout.kind == "plain" else ", trust_remote_code=True"
+        opens = f"{auto_class(model.config.model_type).__name__}.from_pretrained(PATH{code})"
+        notes = _cost_of_expanding(layout_of(loaded.model), layout)
+        (folder / "README.md").write_text(card(loaded, dtype, parity, notes, ("python", opens)), encoding="utf-8")
         record = seal(folder, dataclasses.replace(loaded, model=model), "hf", options, parity)
     return exported(path, record)
 
@@ -74,20 +78,28 @@ def complete(options: ExportOptions, source: torch.dtype) -> ExportOptions:
     Raises:
         ConfigError: an option that this format has no use for.
     """
+    return with_dtype(options, source, "hf", ("dtype", "expand"))
+
+
+def with_dtype(options: ExportOptions, source: torch.dtype, to: str, used: tuple[str, ...]) -> ExportOptions:
+    """Options of a format that stores what transformers loads, with the dtype of the source where none was asked for.
+
+    Raises:
+        ConfigError: an option that is not one of those used.
+    """
     stored = next((name for name, dtype in DTYPES.items() if dtype == source), "fp32")
-    check_unused(options, "hf", ("dtype", "expand"))
-    return dataclasses.replace(options, dtype=choose_dtype("hf", options, tuple(DTYPES), default=stored))
+    check_unused(options, to, used)
+    return dataclasses.replace(options, dtype=choose_dtype(to, options, tuple(DTYPES), default=stored))
 
 
-def _check_parity(
+def check_parity(
     source: PreTrainedModel, stored: PreTrainedModel, folder: Path, tokens: Tensor, progress: Progress
 ) -> Parity:
-    """Reload the folder without our loader and compare, all in fp32 so that rounding of activations hides nothing.
+    """Reload a folder without our loader, and compare it with its source.
 
-    Where the dtype rounded the weights, two things are compared: the folder with the source, by the share of equal
-    choices, and the folder's decoding with the rounded model in memory, to the same tolerance as exact weights.
+    Raises:
+        ParityError: as `compare`.
     """
-    layout = layout_of(source)
     with _private_modules():
         reloaded = auto_class(source.config.model_type).from_pretrained(
             folder,
@@ -95,7 +107,29 @@ def _check_parity(
             trust_remote_code=layout_of(stored).kind != "plain",  # the code that it carries then is ours
             local_files_only=True,
         )
-    rounded = _rounds(source, stored.dtype) or (stored is not source and any(b.adapter_rank for b in layout.blocks))
+    return compare(source, stored, reloaded, tokens, progress)
+
+
+def compare(
+    source: PreTrainedModel, stored: PreTrainedModel, reloaded: PreTrainedModel, tokens: Tensor, progress: Progress
+) -> Parity:
+    """Compare what was read back with its source, all in fp32 so that rounding of activations hides nothing.
+
+    Where the dtype rounded the weights, two things are compared: the folder with the source, by the share of equal
+    choices, and the folder's decoding with the rounded model in memory, to the same tolerance as exact weights.
+
+    Args:
+        source: the model that is exported.
+        stored: the model that was written.
+        reloaded: what was written, read back in fp32.
+        tokens: int64 (B, T), tokens to compare on.
+        progress: told of tokens checked.
+
+    Raises:
+        ParityError: it does not compute what its source does, or with rounded weights, what those do.
+    """
+    merged = stored is not source and any(block.adapter_rank for block in layout_of(source).blocks)
+    rounded = _rounds(source, stored.dtype) or merged
     decode = _decode(reloaded)
     return check(
         logits_of(in_dtype(source, torch.float32)),
@@ -141,17 +175,24 @@ def _decode(model: PreTrainedModel) -> Decode:
     return decode
 
 
-def _card(loaded: Loaded, dtype: str, layout: Layout, parity: Parity) -> str:
-    """README.md of the export folder."""
+def card(loaded: Loaded, dtype: str, parity: Parity, notes: Sequence[str], opens: tuple[str, str]) -> str:
+    """README.md of an export folder.
+
+    Args:
+        loaded: the source.
+        dtype: how the weights are stored.
+        parity: what the check found.
+        notes: what else a reader must know.
+        opens: the line that loads it, after the language that it is in.
+    """
     origin = loaded.origin
-    code = "" if layout.kind == "plain" else ", trust_remote_code=True"
-    model_class = auto_class(loaded.model.config.model_type).__name__
     name = Path(origin.name).name
     header = ["---", *([f"license: {origin.licence.lower()}"] if origin.licence else [])]
     task = "text-generation" if composite_of(loaded.model.config) is None else "image-text-to-text"
     header += ["library_name: transformers", f"pipeline_tag: {task}", "tags:", "- foldaway", "---"]
     against = "the source" if parity.decode_against == "source" else "the stored weights in memory"
     made_from = f"`{name}`" + (f" (artifact {origin.artifact_id})" if origin.artifact_id else "")
+    language, line = opens
     lines = [
         "",
         f"# {name}, {dtype}",
@@ -161,10 +202,10 @@ def _card(loaded: Loaded, dtype: str, layout: Layout, parity: Parity) -> str:
         f"Reloaded and compared with its source on {parity.tokens} tokens, both computed in fp32: worst logit "
         f"difference {parity.max_abs_difference:.3g}, same preferred token at {parity.argmax_agreement:.1%} of them. "
         f"Decoding token by token with a cache, against {against}: {parity.decode_max_abs_difference:.3g}.",
-        *_cost_of_expanding(layout_of(loaded.model), layout),
+        *(text for note in notes for text in ("", f"{note[0].upper()}{note[1:].removesuffix('.')}.")),
         "",
-        "```python",
-        f"{model_class}.from_pretrained(PATH{code})",
+        f"```{language}",
+        line,
         "```",
     ]
     return "\n".join([*header, *lines]) + "\n"
@@ -176,7 +217,6 @@ def _cost_of_expanding(source: Layout, written: Layout) -> list[str]:
         return []
     blocks = len(source.blocks)
     return [
-        "",
         f"In its source {source.distinct} sets of weights serve {blocks} blocks. Here every block has a copy of its "
         f"own, for runtimes that cannot share: {blocks} blocks are stored in place of {source.distinct}.",
     ]

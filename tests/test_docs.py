@@ -26,12 +26,13 @@ from benchmarks.record import Record
 from benchmarks.record import read as read_record
 from benchmarks.runtimes.record import Runtimes
 from benchmarks.table import Table
+from benchmarks.throughput.record import Throughput
 from compress.artifact import Manifest, identity, read_manifest
 from compress.delta import indices, masks, values
 from compress.delta.checkpoint import digest
 from compress.delta.package import DESCRIPTION, VERSION, Description
 from compress.schema import read_versioned, read_yaml
-from deploy.cli import build_parser
+from deploy.cli import build_parser, parse
 from deploy.delta_suite import DeltaSuite
 from deploy.fit_record import FitRecord
 from deploy.fit_record import read as read_fit
@@ -46,6 +47,7 @@ LEANS_ON = {
     "fit": ("record", "evaluation"),
     "runtimes": ("record",),
     "consumers": ("record",),
+    "throughput": ("record",),
 }
 """Sections that send the reader to others for what they share."""
 
@@ -54,6 +56,7 @@ FORMATS = (ROOT / "docs" / "formats.md").read_text("utf-8")
 README = (ROOT / "README.md").read_text("utf-8")
 DELTAS = (ROOT / "docs" / "deltas.md").read_text("utf-8")
 FIT = (ROOT / "docs" / "fit.md").read_text("utf-8")
+VLLM = (ROOT / "docs" / "vllm.md").read_text("utf-8")
 SCHEMAS = {
     "recipe": Recipe,
     "gate": GateFile,
@@ -69,6 +72,7 @@ SCHEMAS = {
     "fit": FitRecord,
     "runtimes": Runtimes,
     "consumers": ConsumersRecord,
+    "throughput": Throughput,
 }
 
 
@@ -217,9 +221,9 @@ def command_lines(text: str) -> list[str]:
     return [call.replace("[", "").replace("]", "") for call in calls]
 
 
-@pytest.mark.parametrize("line", [*command_lines(README), *command_lines(DELTAS), *command_lines(FIT)])
+@pytest.mark.parametrize("line", [line for text in (README, DELTAS, FIT, VLLM) for line in command_lines(text)])
 def test_a_command_line_in_the_documents_is_one_that_the_program_takes(line: str) -> None:
-    assert hasattr(build_parser().parse_args(shlex.split(line)[1:]), "handler")
+    assert hasattr(parse(shlex.split(line)[1:]), "handler")
 
 
 def test_the_readme_shows_every_command() -> None:

@@ -121,9 +121,16 @@ def test_no_weights_are_committed() -> None:
     assert not [path.relative_to(ROOT) for path in committed_files() if path.suffix in weights]
 
 
-def test_continuous_integration_runs_the_test_command_of_the_readme() -> None:
-    assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("\nmake test")
-    assert "\n    make test\n" in (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("command", ["make test", "make test-vllm"])
+def test_continuous_integration_runs_the_test_commands_of_the_readme(command: str) -> None:
+    assert f"\n{command} || status=1\n" in (ROOT / ".ci" / "run").read_text()
+    assert f"\n    {command}\n" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.xdist_group("grouped")
+def test_the_tests_of_a_group_run_in_one_process(request: pytest.FixtureRequest) -> None:
+    """As the end of their names tells pytest-xdist; what a group sets up takes too long to be done in every process."""
+    assert request.node.nodeid.endswith("@grouped") == request.config.getoption("loadgroup", False)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "deploy" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

@@ -12,6 +12,7 @@ from benchmarks import table as suites
 from benchmarks.consumers import record as consumers
 from benchmarks.readme import ROOT, documents, pictures, with_fresh_tables
 from benchmarks.runtimes import record as runtimes
+from benchmarks.throughput import record as throughput
 from compress.errors import ConfigError
 
 RECORDS = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
@@ -38,7 +39,7 @@ def test_the_pictures_are_those_of_their_records() -> None:
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)
 def test_every_committed_record_can_be_read(path: Path) -> None:
-    readers = {each.FORMAT: each.read for each in (suites, deltas, runtimes, consumers)}
+    readers = {each.FORMAT: each.read for each in (suites, deltas, runtimes, consumers, throughput)}
     assert readers.get(records.format_of(path), records.read)(path).id
 
 

@@ -18,13 +18,14 @@ from compress.errors import BackendError, ConfigError
 from compress.sources import Loaded, load
 from compress.surgery import drop_attention
 from exporters import export
-from serving import kv_cache, open_backend
+from serving import kv_cache
 from serving.backend import Backend
 from serving.detokenizer import plain_decode
 from serving.onnx_backend import OnnxBackend
 from serving.prompts import Prompts
 from serving.protocol import Message
 from serving.scheduler import Scheduler
+from serving.service import open_backend
 from serving.torch_backend import TorchBackend
 from tests.conftest import CONTEXT, byte_tokenizer, tiny, token_rows
 from tests.serving.fake import Client, request, run

@@ -18,12 +18,12 @@ import openai
 import pytest
 
 from compress.errors import BackendError, ConfigError
-from serving import BACKENDS, open_backend, serve
+from serving.service import BACKENDS, open_backend, serve
 from tests.conftest import byte_tokenizer, tiny
 
 SCRIPT = """
 import sys
-from serving import serve
+from serving.service import serve
 serve(sys.argv[1], port=int(sys.argv[2]), ready=lambda url: print(url, flush=True))
 print("served", flush=True)
 """
