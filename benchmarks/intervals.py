@@ -9,6 +9,7 @@ over *paired* items.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,12 +130,21 @@ def gain_kept(
         seed: of the bootstrap over items.
     """
     values = np.array([base, finetuned, candidate])
-    chosen = np.random.default_rng(seed).integers(0, values.shape[1], (DRAWS, values.shape[1]))
-    drawn = values[:, chosen].mean(axis=2)
-    ratios = (drawn[2] - drawn[0]) / (drawn[1] - drawn[0])
+    chosen, below, above = _gains_drawn(tuple(base), tuple(finetuned), seed)
+    ratios = (values[2].take(chosen).mean(axis=1) - below) / (above - below)
     whole = values.mean(axis=1)
     value = float((whole[2] - whole[0]) / (whole[1] - whole[0]))
     return value, _percentiles(ratios, "bootstrap of items, paired")
+
+
+@functools.lru_cache(maxsize=1)
+def _gains_drawn(
+    base: tuple[float, ...], finetuned: tuple[float, ...], seed: int
+) -> tuple[NDArray[np.int64], Array, Array]:
+    """The items of each draw, and the means of base and fine-tune there: the same for all candidates of a pair."""
+    chosen = np.random.default_rng(seed).integers(0, len(base), (DRAWS, len(base)))
+    below, above = (np.array(side).take(chosen).mean(axis=1) for side in (base, finetuned))
+    return chosen, below, above
 
 
 _NO_SKILL = 1e-12  # chance is a rounded number: a model that guesses may come out this far above it

@@ -34,7 +34,6 @@ from benchmarks.machine import machine
 from benchmarks.memory import resident
 from compress.errors import ConfigError, FoldawayError, require
 from compress.files import write_file
-from exporters.onnx_session import read_settings
 
 WAYS = ("default", "off", "saved")
 PROMPT_TOKENS, STEPS, TIMED_STEPS = 64, 32, 64
@@ -97,6 +96,8 @@ def measure(exports: dict[str, Path], ways: Sequence[str] = WAYS, repeats: int =
 
 def context_of(export: Path) -> int:
     """The most tokens that an export has positions for."""
+    from exporters.onnx_session import read_settings  # which imports torch, and a run is to do without
+
     return int(read_settings(export / "config.json")["max_position_embeddings"])
 
 

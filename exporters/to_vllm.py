@@ -1,6 +1,6 @@
 """Export to a folder that vLLM serves, by the first of these rules that fits:
 
-1. A plain model is written with its stock config, which needs nothing.
+1. A plain model is written with its stock config, which needs nothing (a Qwen2 that lost heads falls under 2).
 2. A ragged one whose blocks are Llama's (Llama, Mistral, Qwen2) is written in the words that vLLM has for models whose
    blocks differ: ``DeciLMForCausalLM``, config ``nemotron-nas``. Exact widths, no cache where there is no attention.
    vLLM ships no class for that config: the folder carries one (``--trust-remote-code``), and our plugin knows it.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -157,11 +158,27 @@ def _must_expand(model: PreTrainedModel, *, plugin: bool) -> bool:
 
 def _route(model: PreTrainedModel, model_type: str) -> Route:
     layout = layout_of(model)
-    if layout.kind == "plain":
+    if layout.kind == "plain" and not loses_head_dim(remote_code.base_config(model.config).to_dict()):
         return "stock"
-    if layout.kind == "ragged" and model_type in LLAMA_BLOCKS and layout.blocks[0].attention:
+    if layout.kind != "shared" and model_type in LLAMA_BLOCKS and layout.blocks[0].attention:
         return "nemotron-nas"
     return "plugin"
+
+
+def loses_head_dim(config: Mapping[str, Any]) -> bool:
+    """Whether vLLM's own class would get the width of the heads wrong.
+
+    Its Qwen2 divides the hidden size by the number of heads, which is no longer so once heads have gone.
+
+    Args:
+        config: the content of a stock config.json.
+    """
+    said = config.get("head_dim")
+    return (
+        config.get("model_type") == "qwen2"
+        and bool(said)
+        and said * config["num_attention_heads"] != config["hidden_size"]
+    )
 
 
 def _without_plugin(model: PreTrainedModel, model_type: str) -> tuple[PreTrainedModel, str]:
@@ -189,7 +206,7 @@ def _rename(model: PreTrainedModel, folder: Path) -> None:
     if remote_code.base_config(model.config).model_type == "qwen2":
         theirs["qkv_bias"] = True
     file.write_text(json.dumps(config | theirs, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / remote_code.CODE).unlink()
+    (folder / remote_code.CODE).unlink(missing_ok=True)
     (folder / nemotron_nas.CODE).write_bytes(Path(nemotron_nas.__file__).read_bytes())
 
 

@@ -36,6 +36,7 @@ from compress.remote_code import MODEL_TYPE
 from compress.result import Progress, no_progress
 from compress.sources import DEMO_MODELS, load
 from exporters.base import ExportOptions, is_export, read_export
+from exporters.to_vllm import loses_head_dim
 from serving.backend import model_id_of
 from serving.server import bind
 from serving.vllm_plugin import TESTED, installed_version, release, tested_versions, why_not
@@ -180,6 +181,8 @@ def prepare(path: str, scratch: Path, version: str, say: Callable[[str], None]) 
     if artifact.is_artifact(folder):
         artifact.verify(folder)
     config = _config(folder)
+    if loses_head_dim(config):
+        return _exported(path, scratch, ExportOptions(), say)
     if config.get("model_type") != MODEL_TYPE:
         return str(folder)
     blocks = config.get("block_configs", [])

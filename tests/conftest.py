@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from compress import sources
 from compress.calibration import TokenRows
 
 # L blocks, D hidden, F neurons, H query heads, K KV heads, head_dim, V vocabulary.
@@ -108,6 +112,84 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def architecture(request: pytest.FixtureRequest) -> str:
     """Each supported ``model_type`` in turn."""
     return str(request.param)
+
+
+def covering(
+    name: str, values: Sequence[Any], other: str = "architecture", among: Sequence[Any] = ARCHITECTURES
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Parametrises a test over some values and every architecture, or others: all pairs, of which most are slow.
+
+    In the default tier value number i meets the architectures number i and i + 3, counted around (i + 1 where there are
+    three), and where there are fewer values than architectures every n-th from i on. So each value is tried on two
+    architectures or more, and each architecture with one value or more. Each test counts from another architecture, by
+    its name, so that a pair that is slow in one is not in others.
+    """
+    A, n = len(among), len(values)
+    step = 3 if A > 3 else 1
+
+    def parametrised(test: Callable[..., None]) -> Callable[..., None]:
+        first = zlib.crc32(test.__name__.encode()) % A
+        pairs = []
+        for i, value in enumerate(values):
+            for a, each in enumerate(among):
+                place = (a - first) % A
+                fast = (place - i) % A in (0, step) or place % n == i
+                pairs.append(pytest.param(value, each, marks=() if fast else pytest.mark.slow))
+        decorated: Callable[..., None] = pytest.mark.parametrize((name, other), pairs)(test)
+        return decorated
+
+    return parametrised
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of an ``xdist_group`` in one process.
+
+    pytest-xdist 3.8 appends the group's name to an attribute that pytest from 9.2 on no longer reads.
+    """
+    for item in items:
+        grouped = getattr(item, "_nodeid", item.nodeid)
+        if grouped != item.nodeid:
+            item._id = type(item._id).parse(grouped)  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=1)
+def _gguf_reader(path: str, size: int, modified: int, read: type[gguf.GGUFReader] = gguf.GGUFReader) -> gguf.GGUFReader:
+    return read(path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _gguf_files_are_parsed_once() -> Iterator[None]:
+    """Loading a model parses its GGUF file five times, which takes the demo model's seconds each."""
+
+    def reader(path: str | Path, mode: str = "r") -> gguf.GGUFReader:
+        found = Path(path).stat()
+        return _gguf_reader(str(path), found.st_size, found.st_mtime_ns)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", reader)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _gguf_files_are_forgotten() -> Iterator[None]:
+    """What was parsed of a GGUF file is millions of small objects."""
+    yield
+    _gguf_reader.cache_clear()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _the_demo_model_is_read_once() -> Iterator[None]:
+    """Who loads it again gets a copy, which takes no half a minute."""
+    load_gguf = sources._load_gguf
+    once = functools.cache(load_gguf)
+
+    def load(place: sources._Place, dtype: torch.dtype | None) -> sources.Loaded:
+        return copy.deepcopy(once(place, dtype)) if place.kind == "demo" else load_gguf(place, dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_load_gguf", load)
+        yield
 
 
 class Killed(Exception):

@@ -21,7 +21,7 @@ from compress.evaluate import logits_of
 from compress.layout import layout_of
 from compress.methods import METHODS, method_config
 from compress.result import CompressedModel, Run
-from tests.conftest import _COMMON, ARCHITECTURES, tiny, token_rows
+from tests.conftest import _COMMON, ARCHITECTURES, covering, tiny, token_rows
 from tests.reference import baselines as reference
 from tests.reference.two_ssp import Infeasible, balance
 
@@ -105,8 +105,9 @@ def _parameters(projection: Projection) -> list[torch.Tensor]:
 # A window of blocks
 
 
-@pytest.mark.parametrize(("sparsity", "tokens"), WINDOW)
-def test_a_window_agrees_on_similarities_blocks_and_logits(architecture: str, sparsity: float, tokens: str) -> None:
+@covering("setting", WINDOW)
+def test_a_window_agrees_on_similarities_blocks_and_logits(architecture: str, setting: tuple[float, str]) -> None:
+    sparsity, tokens = setting
     theirs = reference.window(stock(architecture), ROWS.tokens, sparsity, all_tokens=tokens == "all")
     ours = compress("window", stock(architecture), sparsity=sparsity, tokens=tokens)
     np.testing.assert_allclose(ours.report.numbers["window_similarity"], theirs.similarity, atol=1e-6)
@@ -136,7 +137,7 @@ def test_a_window_is_rounded_up_to_whole_blocks_but_not_for_the_sake_of_a_roundi
     assert reference.blocks_for(0.3, 30) == 9
 
 
-@pytest.mark.parametrize("method", ["window", "sleb"])
+@covering("method", ["window", "sleb"])
 def test_a_target_that_takes_all_blocks_is_refused(architecture: str, method: str) -> None:
     with pytest.raises(Infeasible):
         reference.blocks_for(0.9, reference.Masked(stock(architecture)).B)
@@ -152,8 +153,9 @@ def expected_blocks(model_type: str, sparsity: float, rows: int = 1) -> referenc
     return reference.sleb(stock(model_type), ROWS.tokens, sparsity, first=rows)
 
 
-@pytest.mark.parametrize(("sparsity", "rows"), SLEB)
-def test_sleb_takes_the_same_blocks_in_the_same_order(architecture: str, sparsity: float, rows: int) -> None:
+@covering("setting", SLEB)
+def test_sleb_takes_the_same_blocks_in_the_same_order(architecture: str, setting: tuple[float, int]) -> None:
+    sparsity, rows = setting
     theirs = expected_blocks(architecture, sparsity, rows)
     ours = compress("sleb", stock(architecture), sparsity=sparsity, rows=rows)
     assert list(ours.report.numbers["blocks_removed"]) == [b for _, b in theirs.parts]
@@ -200,8 +202,9 @@ def assert_same_parts(ours: CompressedModel, theirs: reference.Greedy, dense: Pr
     assert_logits(ours.model, theirs.masked)
 
 
-@pytest.mark.parametrize(("sparsity", "rows"), BLOCKPRUNER)
-def test_blockpruner_takes_the_same_parts_in_the_same_order(architecture: str, sparsity: float, rows: int) -> None:
+@covering("setting", BLOCKPRUNER)
+def test_blockpruner_takes_the_same_parts_in_the_same_order(architecture: str, setting: tuple[float, int]) -> None:
+    sparsity, rows = setting
     ours = compress("blockpruner", stock(architecture), sparsity=sparsity, rows=rows)
     assert_same_parts(ours, expected_parts(architecture, sparsity, rows), stock(architecture))
 
@@ -236,7 +239,7 @@ def test_of_parts_that_nothing_misses_blockpruner_takes_the_first_and_attention_
     assert removed == [(kind, b) for b in range(5) for kind in ("attention", "ffn")][: len(removed)]
 
 
-@pytest.mark.parametrize("sparsity", [0.1, 0.55])
+@covering("sparsity", [0.1, 0.55])
 def test_blockpruner_stops_at_the_removal_that_reaches_the_target(architecture: str, sparsity: float) -> None:
     counter = reference.Masked(stock(architecture))
     removed = numbers_of("blockpruner", stock(architecture), sparsity=sparsity)["removed"]
@@ -267,7 +270,7 @@ def expected_neurons(method: str, model: PreTrainedModel, sparsity: float) -> re
     return reference.wanda(model, ROWS.tokens, sparsity)
 
 
-@pytest.mark.parametrize("sparsity", NEURONS)
+@covering("sparsity", NEURONS)
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
 def test_the_same_neurons_stay_in_their_order(architecture: str, method: str, sparsity: float) -> None:
     theirs = expected_neurons(method, stock(architecture), sparsity)
@@ -328,7 +331,7 @@ def test_wanda_looks_at_all_rows_and_magnitude_at_none() -> None:
     assert kept("wanda", with_tokens(ROWS.tokens[:2])) != kept("wanda", ROWS)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+@covering("method", ["magnitude", "wanda"])
 def test_a_share_that_the_ffns_cannot_bear_is_refused(architecture: str, method: str) -> None:
     with pytest.raises(Infeasible):
         expected_neurons(method, stock(architecture), 0.7)
@@ -373,7 +376,7 @@ def test_random_depends_on_its_seed_and_on_nothing_else(architecture: str) -> No
 # Nothing to remove
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"shortgpt", "foldgpt", "distill"}))
+@covering("method", sorted(set(METHODS) - {"shortgpt", "foldgpt", "distill"}))
 def test_a_sparsity_of_zero_removes_nothing(architecture: str, method: str) -> None:
     result = compress(method, stock(architecture), sparsity=0)
     assert torch.equal(logits_of(result.model)(HELD_OUT), logits_of(stock(architecture))(HELD_OUT))

@@ -36,7 +36,7 @@ from compress.surgery import clone, drop_attention, drop_blocks, drop_ffn, keep_
 from deploy.cli import main
 from exporters.to_onnx import check_layout
 from tests.compress import test_properties
-from tests.conftest import _COMMON, CHAT_TEMPLATE, CONTEXT, TINY, D, F, K, L, V, byte_tokenizer, token_rows
+from tests.conftest import _COMMON, CHAT_TEMPLATE, CONTEXT, TINY, D, F, K, L, V, byte_tokenizer, covering, token_rows
 from tests.conftest import tiny as text_model
 
 IMAGE, VIDEO, START, END = 255, 254, 253, 252  # token ids
@@ -277,7 +277,7 @@ def test_dropping_blocks_is_running_without_them(name: str) -> None:
 # methods whose result is plain
 
 
-@pytest.mark.parametrize("method", PLAIN)
+@covering("method", list(PLAIN), "name", sorted(COMPOSITE))
 def test_a_method_cuts_the_language_tower_and_nothing_else(method: str, name: str, tmp_path: Path) -> None:
     model, inputs = tiny(name), pictures(name)
     before = beside(tiny(name))
@@ -299,14 +299,14 @@ def test_a_method_cuts_the_language_tower_and_nothing_else(method: str, name: st
     assert loaded.processor == PROCESSOR
 
 
-@pytest.mark.parametrize("method", BY_BLOCK)
+@covering("method", list(BY_BLOCK), "name", sorted(COMPOSITE))
 def test_cached_generation_after_an_image_is_the_full_forward_pass(method: str, name: str) -> None:
     model = run(method, tiny(name)).model
     inputs = pictures(name)
     assert torch.allclose(decode(model, inputs, 10), logits(model, **inputs), atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["shortgpt", "wanda"])
+@covering("method", ["shortgpt", "wanda"], "name", sorted(COMPOSITE))
 def test_stock_transformers_loads_the_artifact(method: str, name: str, tmp_path: Path) -> None:
     result = run(method, tiny(name))
     manifest = save(result, tmp_path / "a")
@@ -349,7 +349,7 @@ def test_an_artifact_is_compressed_again_and_keeps_its_processor(tmp_path: Path)
 # what would be ragged is refused
 
 
-@pytest.mark.parametrize("method", RAGGED)
+@covering("method", list(RAGGED), "name", sorted(COMPOSITE))
 def test_a_method_that_makes_blocks_differ_is_refused(method: str, name: str) -> None:
     model = tiny(name)
     before = copy.deepcopy(model.state_dict())
@@ -643,7 +643,7 @@ def test_the_hash_of_rows_covers_tokens_and_images() -> None:
     assert first.record()["rows"] == 2
 
 
-@pytest.mark.parametrize("method", RECORDED)
+@covering("method", list(RECORDED), "name", sorted(COMPOSITE))
 def test_a_method_calibrates_on_images(method: str, name: str) -> None:
     model = tiny(name)
     rows = record(model, [pictures(name, rows=4)])

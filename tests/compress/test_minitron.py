@@ -40,7 +40,21 @@ from compress.methods.minitron import MinitronConfig
 from compress.result import CompressedModel, Run
 from compress.shape import Counter, Shape, resize, shape_of
 from compress.surgery import clone, keep_channels, keep_heads, keep_neurons, share_blocks
-from tests.conftest import _COMMON, ARCHITECTURES, HEAD_DIM, TINY, D, F, H, K, L, byte_tokenizer, tiny, token_rows
+from tests.conftest import (
+    _COMMON,
+    ARCHITECTURES,
+    HEAD_DIM,
+    TINY,
+    D,
+    F,
+    H,
+    K,
+    L,
+    byte_tokenizer,
+    covering,
+    tiny,
+    token_rows,
+)
 from tests.reference import minitron as reference
 
 ROWS = token_rows(3, 16)
@@ -212,7 +226,7 @@ def assert_config(config: PreTrainedConfig, theirs: reference.Masked) -> None:
 # Against the reference
 
 
-@pytest.mark.parametrize("axis", AXES)
+@covering("axis", list(AXES))
 def test_what_is_kept_and_the_logits_are_those_of_the_reference(architecture: str, axis: str) -> None:
     assert_agree(ours_of(architecture, axis), theirs_of(architecture, axis))
 

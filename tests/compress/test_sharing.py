@@ -30,7 +30,7 @@ from compress.surgery import (
     keep_neurons,
     share_blocks,
 )
-from tests.conftest import byte_tokenizer, tiny, token_rows
+from tests.conftest import byte_tokenizer, covering, tiny, token_rows
 
 TOKENS = token_rows(2, 24).tokens
 VARIANTS: list[dict[str, Any]] = [{}, {"own_biases": True}, {"adapter_rank": 3}]
@@ -57,7 +57,7 @@ def save(model: PreTrainedModel, path: Path) -> artifact.Manifest:
     return artifact.save(model, byte_tokenizer(), path, origin=OriginEntry(name="tiny", kind="folder"), steps=[])
 
 
-@pytest.mark.parametrize("options", VARIANTS)
+@covering("options", VARIANTS)
 def test_a_shared_model_is_stored_once_and_comes_back(
     architecture: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -76,7 +76,7 @@ def test_a_shared_model_is_stored_once_and_comes_back(
     assert budget.count(skeleton(str(tmp_path / "a"))).total == budget.count(model).total
 
 
-@pytest.mark.parametrize("options", VARIANTS)
+@covering("options", VARIANTS)
 def test_each_block_that_shares_has_a_cache_of_its_own(architecture: str, options: dict[str, Any]) -> None:
     model = shared(architecture, **options)
     places = [block.attention.layer_idx for block in Decoder(model) if block.attention is not None]
@@ -88,7 +88,7 @@ def test_each_block_that_shares_has_a_cache_of_its_own(architecture: str, option
     assert torch.equal(new[True], new[False])
 
 
-@pytest.mark.parametrize("options", VARIANTS)
+@covering("options", VARIANTS)
 def test_expanding_gives_every_block_weights_of_its_own_and_the_same_logits(
     architecture: str, options: dict[str, Any]
 ) -> None:

@@ -21,7 +21,7 @@ from compress.methods import METHODS, method_config
 from compress.result import CompressedModel, Run
 from compress.surgery import clone, drop_attention, drop_blocks, drop_ffn
 from compress.trials import Part, remove_greedily
-from tests.conftest import tiny, token_rows
+from tests.conftest import covering, tiny, token_rows
 from tests.reference.two_ssp import Reference
 
 ROWS = token_rows(2, 24)
@@ -76,7 +76,7 @@ def naive(model: PreTrainedModel, candidates: Callable[[Sequence[Part]], list[Pa
     return rounds
 
 
-@pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS)
+@covering("kinds", list(KINDS.values()))
 def test_caching_changes_neither_what_goes_nor_its_perplexity(architecture: str, kinds: tuple[str, ...]) -> None:
     model, count = tiny(architecture), 6 if len(kinds) > 1 else 3
     candidates = choices(len(Decoder(model)), kinds, count)
@@ -115,7 +115,7 @@ def idle(model_type: str) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS)
+@covering("kinds", list(KINDS.values()))
 def test_ties_go_to_the_first_part(architecture: str, kinds: tuple[str, ...]) -> None:
     model = idle(architecture)
     candidates = choices(len(Decoder(model)), kinds, 3)

@@ -20,7 +20,7 @@ from compress.ranking import top_indices
 from compress.result import CompressedModel, Run
 from compress.surgery import clone, keep_neurons
 from compress.trials import Part
-from tests.conftest import ARCHITECTURES, tiny, token_rows
+from tests.conftest import ARCHITECTURES, covering, tiny, token_rows
 from tests.reference import two_ssp as reference
 from tests.reference.test_reference import SHAPES, SPARSITIES
 
@@ -65,7 +65,7 @@ def test_the_budget_is_split_as_the_formula_says(name: str) -> None:
                 assert plan == two_ssp.Plan(N_attn, (I_keep,) * shape.B)
 
 
-@pytest.mark.parametrize("norm", ["l2", "l1"])
+@covering("norm", ["l2", "l1"])
 def test_neuron_scores_are_those_of_the_reference(architecture: str, norm: str) -> None:
     ours = two_ssp.neuron_scores(tiny(architecture), ROWS.tokens, norm, Run())
     theirs = reference.scores(reference.Reference(tiny(architecture)), ROWS.tokens, norm)
@@ -73,7 +73,7 @@ def test_neuron_scores_are_those_of_the_reference(architecture: str, norm: str) 
         np.testing.assert_allclose(ours[b].numpy(), scores, rtol=1e-5)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@covering("setting", SETTINGS)
 def test_the_same_neurons_are_kept_in_their_order(architecture: str, setting: tuple[float, float]) -> None:
     dense, theirs = Decoder(tiny(architecture)), expected(architecture, setting)
     for before, after, kept in zip(dense, Decoder(found(architecture, setting).model), theirs.kept, strict=True):
@@ -85,7 +85,7 @@ def test_the_same_neurons_are_kept_in_their_order(architecture: str, setting: tu
             assert torch.equal(ours.module.weight, projection.module.weight)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@covering("setting", SETTINGS)
 def test_the_same_attentions_go_in_the_same_order(architecture: str, setting: tuple[float, float]) -> None:
     numbers, theirs = found(architecture, setting).report.numbers, expected(architecture, setting)
     assert numbers["attentions_removed"] == theirs.removed
@@ -106,7 +106,7 @@ def test_every_trial_has_the_perplexity_of_a_full_pass(architecture: str) -> Non
         assert ours.costs == pytest.approx(expected_costs, rel=1e-4)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@covering("setting", SETTINGS)
 def test_the_sliced_model_has_the_logits_of_the_masked_one(architecture: str, setting: tuple[float, float]) -> None:
     ours = logits_of(found(architecture, setting).model)(HELD_OUT)
     assert_close(ours, expected(architecture, setting).masked.logits(HELD_OUT))
@@ -134,7 +134,7 @@ def test_stage_2_looks_at_the_first_row_only_and_stage_1_at_all() -> None:
 
 
 @pytest.mark.parametrize("tokens", ["last", "all"])
-@pytest.mark.parametrize("sparsity", [0.2, 0.3, 0.6])
+@covering("sparsity", [0.2, 0.3, 0.6])
 def test_block_influence_agrees_on_values_blocks_and_logits(architecture: str, sparsity: float, tokens: str) -> None:
     theirs = reference.shortgpt(tiny(architecture), ROWS.tokens, sparsity, all_tokens=tokens == "all")
     ours = baselines.shortgpt(tiny(architecture), ROWS, baselines.SimilarityConfig(sparsity, tokens))

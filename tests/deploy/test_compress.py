@@ -44,12 +44,12 @@ def kill_when_there(command: list[str], scratch: Path, kept: str) -> Path:
 @pytest.mark.xdist_group("eval")
 def test_a_killed_compression_goes_on_and_ends_with_the_same_bytes(dense: Path, tmp_path: Path) -> None:
     killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
-    command = [sys.executable, "-P", "-m", "deploy", *line(dense, killed, epochs=100)]
+    command = [sys.executable, "-P", "-m", "deploy", *line(dense, killed, epochs=40)]
     scratch = tmp_path / ".killed.scratch"
     kill_when_there(command, scratch, "fusegpt-*.safetensors")  # the first removal is done
     assert not killed.exists()
-    assert main(line(dense, killed, epochs=100)) == 0
-    assert main(line(dense, unbroken, epochs=100)) == 0
+    assert main(line(dense, killed, epochs=40)) == 0
+    assert main(line(dense, unbroken, epochs=40)) == 0
     assert list_files(killed) == list_files(unbroken)
     assert not scratch.exists()
 
@@ -106,14 +106,14 @@ def fold(dense: Path, out: Path, *more: str, **options: object) -> list[str]:
 def test_healing_that_was_killed_goes_on_and_ends_with_the_same_bytes(dense: Path, tmp_path: Path) -> None:
     killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
     program = "import compress.training, sys; compress.training.KEEP_SECONDS = 0; from deploy.cli import main; main()"
-    command = [sys.executable, "-P", "-c", program, *fold(dense, killed, epochs=300)]
+    command = [sys.executable, "-P", "-c", program, *fold(dense, killed, epochs=100)]
     scratch = tmp_path / ".killed.scratch"
     kept = kill_when_there(command, scratch, "foldgpt-healing-*.safetensors")  # it has begun to learn
     assert not killed.exists()
     done = json.loads(safe_open(kept, "pt").metadata()["place"])["done"]  # type: ignore[no-untyped-call]
-    assert 0 < done < 300
-    assert main(fold(dense, killed, epochs=300)) == 0
-    assert main(fold(dense, unbroken, epochs=300)) == 0
+    assert 0 < done < 100
+    assert main(fold(dense, killed, epochs=100)) == 0
+    assert main(fold(dense, unbroken, epochs=100)) == 0
     assert list_files(killed) == list_files(unbroken)
     assert not scratch.exists()
 

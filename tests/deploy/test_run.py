@@ -19,6 +19,7 @@ import yaml
 from benchmarks import record as records
 from compress import artifact
 from compress.files import sha256_of
+from deploy import comparison
 from deploy.cli import main
 from deploy.workspace import Workspace, digest
 from exporters.base import is_export, read_export
@@ -29,13 +30,15 @@ pytestmark = pytest.mark.xdist_group("run")
 
 
 def recipe_file(folder: Path, dense: Path, *, max_ratio: float = 1000.0, sparsity: Any = (0.2, 0.4)) -> Path:
-    """A recipe that takes seconds."""
+    """A recipe that takes seconds, and the text that it evaluates on."""
+    text = folder / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
     recipe = {
         "name": "tiny",
         "model": str(dense),
         "calibration": {"rows": 2, "length": 48},
         "steps": [{"method": "2ssp", "set": {"sparsity": list(sparsity)}}],
-        "evaluation": {"window": 48, "windows": 4},
+        "evaluation": {"source": str(text), "window": 48, "windows": 4},
         "benchmark": {
             "prompt_tokens": 8,
             "decode_tokens": 8,
@@ -51,12 +54,34 @@ def recipe_file(folder: Path, dense: Path, *, max_ratio: float = 1000.0, sparsit
 
 
 @pytest.fixture(scope="module")
-def finished(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A recipe and the folder of its run, done once."""
+def done(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Any]:
+    """A recipe, the folder of its run, done once, and what its servers were found to do."""
     folder = tmp_path_factory.mktemp("finished")
     recipe = recipe_file(folder, dense)
-    assert main(["run", str(recipe), "-o", str(folder / "run")]) == 0
-    return recipe, folder / "run"
+    found = []
+
+    def serve_both(*args: Any) -> Any:
+        found.append(comparison_serve_both(*args))
+        return found[-1]
+
+    comparison_serve_both = comparison.serve_both
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "serve_both", serve_both)
+        assert main(["run", str(recipe), "-o", str(folder / "run")]) == 0
+    (served,) = found
+    return recipe, folder / "run", served
+
+
+@pytest.fixture
+def finished(done: tuple[Path, Path, Any]) -> tuple[Path, Path]:
+    """The recipe and the folder."""
+    return done[:2]
+
+
+@pytest.fixture
+def served(done: tuple[Path, Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No servers are started: what those of the other run did stands for them."""
+    monkeypatch.setattr(comparison, "serve_both", lambda *args: done[2])
 
 
 def test_a_run_leaves_artifacts_exports_a_record_and_a_report(finished: tuple[Path, Path]) -> None:
@@ -101,7 +126,7 @@ def test_a_second_run_skips_everything_and_ends_with_the_same_line(
 
 
 def test_a_run_whose_mildest_step_misses_the_gate_fails_with_exit_code_3(
-    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dense: Path, tmp_path: Path, served: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = recipe_file(tmp_path, dense, max_ratio=0.01, sparsity=(0.3, 0.5))
     assert main(["run", str(recipe), "-o", str(tmp_path / "run")]) == 3
@@ -110,7 +135,9 @@ def test_a_run_whose_mildest_step_misses_the_gate_fails_with_exit_code_3(
     assert len(list((tmp_path / "run").glob("artifact-*"))) == 1, "it stops at the first that misses the gate"
 
 
-def test_every_rung_learns_from_the_dense_model_and_is_judged_after_it(dense: Path, tmp_path: Path) -> None:
+def test_every_rung_learns_from_the_dense_model_and_is_judged_after_it(
+    dense: Path, tmp_path: Path, served: None
+) -> None:
     plain, taught = (yaml.safe_load(recipe_file(tmp_path, dense).read_text()) for _ in range(2))
     rows = {"rows": 4, "length": 32}
     options = {"batch": 2, "epochs": 30, "precision": "fp32", "learning_rate": 0.001}
@@ -132,7 +159,7 @@ def test_every_rung_learns_from_the_dense_model_and_is_judged_after_it(dense: Pa
         assert manifest.steps[1].calibration["rows"] == 4
 
 
-def test_a_recipe_without_values_to_try_tells_of_what_was_cut(dense: Path, tmp_path: Path) -> None:
+def test_a_recipe_without_values_to_try_tells_of_what_was_cut(dense: Path, tmp_path: Path, served: None) -> None:
     recipe = yaml.safe_load(recipe_file(tmp_path, dense).read_text())
     cut = {"method": "2ssp", "set": {"sparsity": 0.3}}
     lesson = {"method": "distill", "set": {"batch": 2, "precision": "fp32"}, "calibration": {"rows": 2, "length": 32}}
@@ -176,18 +203,20 @@ def test_a_mistake_in_a_later_step_is_found_before_anything_is_done(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_text_that_changed_is_noticed(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_that_changed_is_noticed(
+    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FOLDAWAY_API_KEY", "a key that only the user's own server asks for")
-    recipe = recipe_file(tmp_path, dense, sparsity=(0.2,))
-    content = yaml.safe_load(recipe.read_text())
-    text = tmp_path / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
-    content["evaluation"]["source"] = str(text)
-    recipe.write_text(yaml.safe_dump(content))
-    assert main(["run", str(recipe), "-o", str(tmp_path / "run")]) == 0
+    recipe, run = finished
+    shutil.copytree(run, tmp_path / "run")
     first = records.read(tmp_path / "run" / "record.json")
-    text.write_text("Pack my box with five dozen liquor jugs, said the wizard. " * 20)
-    assert main(["run", str(recipe), "-o", str(tmp_path / "run")]) == 0
+    text = Path(yaml.safe_load(recipe.read_text())["evaluation"]["source"])
+    before = text.read_text()
+    try:
+        text.write_text("Pack my box with five dozen liquor jugs, said the wizard. " * 20)
+        assert main(["run", str(recipe), "-o", str(tmp_path / "run")]) == 0
+    finally:
+        text.write_text(before)
     second = records.read(tmp_path / "run" / "record.json")
     assert first.texts["evaluation"]["sha256"] != second.texts["evaluation"]["sha256"]
     assert first.baseline.perplexity != second.baseline.perplexity

@@ -17,7 +17,7 @@ from compress.layout import layout_of
 from compress.nemotron_nas import CODE, Entry, NemotronNasConfig
 from compress.remote_code import CODE as OUR_CODE
 from compress.sources import Loaded, Origin, load
-from compress.surgery import block_kinds, cut_ffn, drop_attention, drop_ffn, keep_neurons, share_blocks
+from compress.surgery import block_kinds, cut_ffn, drop_attention, drop_ffn, keep_heads, keep_neurons, share_blocks
 from exporters import Exported, ExportOptions, export, read_export, to_vllm
 from exporters.padding import padded, plain_layout, rounded_up
 from tests.conftest import byte_tokenizer, tiny, token_rows
@@ -77,6 +77,17 @@ def test_a_ragged_llama_is_written_in_vllms_words(architecture: str, tmp_path: P
     assert "trust-remote-code" in done.notes[0]
     assert not (done.path / OUR_CODE).exists()
     assert done.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_qwen2_without_some_heads_is_written_in_words_that_tell_their_width(tmp_path: Path) -> None:
+    """vLLM's own class divides the hidden size by the heads that are left."""
+    model = tiny("qwen2")
+    keep_heads(model, {block: torch.tensor([0, 2]) for block in range(5)})
+    done = exported(model, tmp_path / "x")
+    config = config_in(done.path)
+    assert (config["architectures"], config["num_attention_heads"]) == (["DeciLMForCausalLM"], 2)
+    assert config["head_dim"] == 16
+    assert done.parity.max_abs_difference < 1e-5
 
 
 def test_the_config_module_of_a_folder_gives_blocks_attributes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from compress.errors import BackendError, ConfigError, CorruptArtifact
 from compress.layout import layout_of
 from compress.methods.darex import DarexConfig
 from compress.sources import Loaded, Origin, load
-from compress.surgery import drop_attention, share_blocks
+from compress.surgery import drop_attention, keep_heads, share_blocks
 from deploy.cli import main
 from exporters import export
 from serving import service, vllm_backend, vllm_plugin
@@ -305,6 +305,12 @@ class TestWhatIsServed:
         (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
         with pytest.raises(CorruptArtifact):
             self.prepared(folder, tmp_path)
+
+    def test_a_qwen2_without_some_heads_is_written_anew(self, tmp_path: Path) -> None:
+        model = tiny("qwen2")
+        keep_heads(model, {block: torch.tensor([0, 2]) for block in range(5)})
+        made = self.prepared(saved(model, tmp_path / "x"), tmp_path / "scratch")
+        assert json.loads((Path(made) / "config.json").read_text())["architectures"] == ["DeciLMForCausalLM"]
 
     @pytest.mark.parametrize("content", [None, "{", "[]"])
     def test_a_folder_that_holds_no_model_is_refused(self, content: str | None, tmp_path: Path) -> None:

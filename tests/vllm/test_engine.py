@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from compress.arch import VLLM_BLOCKS
@@ -52,6 +55,7 @@ MODELS = {
     "qwen2-own-biases": lambda: shared("qwen2", own_biases=True),
     "mistral-window": lambda: _with_window(),
     "llama-plain": lambda: tiny("llama"),
+    "qwen2-heads": lambda: tiny("qwen2"),
 }
 
 
@@ -146,6 +150,79 @@ def test_an_adapter_is_one_per_block_where_blocks_share(tmp_path: Path) -> None:
     assert plain == greedy(model, PROMPT, 32)
     assert adapted == greedy(merged, PROMPT, 32)
     assert adapted != plain
+
+
+def test_quantised_weights_are_shared_too(tmp_path: Path) -> None:
+    """The same int8 checkpoint, once with blocks that share and once with a copy for each."""
+    model = shared("llama")
+    once = _in_int8(exported(model, tmp_path / "once"))
+    copies = _in_int8(exported(model, tmp_path / "copies", plugin=False))
+    assert len(load_file(once / "model.safetensors")) < len(load_file(copies / "model.safetensors"))
+    found = []
+    for folder in (once, copies):
+        with engine(folder) as vllm:
+            found.append((vllm.greedy(PROMPT, 32), vllm.logprobs(TEXT)))
+            blocks = vllm.model.model.layers
+            assert "Int8" in type(blocks[1].mlp.down_proj.scheme.kernel).__name__
+            same = blocks[4].mlp.down_proj.quant_method is blocks[1].mlp.down_proj.quant_method
+            assert same == (folder is once)
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(torch.tensor(found[0][1]), torch.tensor(found[1][1]), atol=1e-5, rtol=0)
+
+
+def _in_int8(folder: Path) -> Path:
+    """Quantise an export in place as llm-compressor would: a scale for each output, activations as they come."""
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if name.endswith("proj.weight"):
+            scale = tensor.abs().amax(1, keepdim=True) / 127
+            tensors[name], tensors[f"{name}_scale"] = (tensor / scale).round().to(torch.int8), scale
+        else:
+            tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**bits, "strategy": "channel", "dynamic": False},
+        "input_activations": {**bits, "strategy": "token", "dynamic": True},
+    }
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"all": group},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+WITHOUT_PLUGIN = """
+import sys
+from tests.vllm.conftest import engine
+if __name__ == "__main__":
+    with engine(sys.argv[1], trust_remote_code=sys.argv[2] == "trust") as vllm:
+        print(vllm.greedy([5, 70, 99, 12], 16))
+    assert "serving" not in sys.modules and "serving.vllm_plugin" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(("make", "trust"), [(lambda: tiny("llama"), "no"), (lambda: ragged("qwen2"), "trust")])
+def test_where_foldaway_is_not_installed_stock_and_ragged_exports_load(make: Any, trust: str, tmp_path: Path) -> None:
+    """vLLM is told to load no plugin; the ragged one brings the class of its config along."""
+    model = make()
+    folder = exported(model, tmp_path / "x")
+    environment = {**os.environ, "VLLM_PLUGINS": "", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PLUGIN, str(folder), trust],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert json.loads(run.stdout.splitlines()[-1]) == greedy(model, [5, 70, 99, 12], 16)
 
 
 def test_a_later_pipeline_stage_finds_the_weights_that_an_earlier_block_has_in_the_file() -> None:
