@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks.servers import child_environment
 from compress.errors import BudgetError, ConfigError, FoldawayError, UnsupportedArchitecture
 from compress.layout import layout_of
 from compress.result import Progress, no_progress
 from compress.sources import load_weights, skeleton
 from compress.surgery import clone, cut_ffn, drop_blocks
-from deploy.comparison import child_environment
 from deploy.ruler import Size, size_of
 from deploy.terminal import quieten_libraries
 

@@ -35,6 +35,7 @@ from benchmarks.machine import machine
 from benchmarks.memory import PeakMemory
 from benchmarks.record import Model
 from benchmarks.scoring import torch_scorer
+from benchmarks.servers import child_environment, last_words
 from benchmarks.table import Cell, Distilled, ExportedCell, Table
 from benchmarks.tasks import TaskScore
 from compress import budget
@@ -51,7 +52,6 @@ from compress.schema import Strict, read_yaml
 from compress.sources import Loaded, fingerprint, load, skeleton
 from compress.text import text_hash
 from deploy.bench import now
-from deploy.comparison import child_environment, last_words
 from deploy.recipe import DISTILL
 from deploy.sides import open_side
 from deploy.steps import CHECK_TOKENS, data_file

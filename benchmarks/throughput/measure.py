@@ -14,10 +14,11 @@ from pathlib import Path
 
 from benchmarks.machine import machine
 from benchmarks.record import sealed
+from benchmarks.servers import LAST_WORDS_SECONDS, Server
 from benchmarks.throughput.load import drive
 from benchmarks.throughput.prompts import numbered
 from benchmarks.throughput.record import ENGINES, WARM_UP_REQUESTS, Measurement, Settings, Throughput
-from benchmarks.throughput.servers import LAST_WORDS_SECONDS, Server, servers
+from benchmarks.throughput.servers import servers
 from benchmarks.throughput.sides import Side, served
 from compress.errors import BackendError
 from compress.result import Progress, no_progress

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from benchmarks import servers as processes
 from benchmarks.machine import machine
 from benchmarks.plots import PALETTE
 from benchmarks.readme import pictures, with_fresh_tables
 from benchmarks.record import write
-from benchmarks.throughput import servers as processes
+from benchmarks.servers import Server
 from benchmarks.throughput.__main__ import main
 from benchmarks.throughput.load import Answer, drive
 from benchmarks.throughput.measure import drive_all, portable, turns
@@ -39,14 +40,14 @@ from benchmarks.throughput.record import (
     summary_lines,
     table,
 )
-from benchmarks.throughput.servers import Server, servers
+from benchmarks.throughput.servers import options_of, servers
 from benchmarks.throughput.sides import Side, served, sides_of
 from compress import budget
 from compress.artifact import OriginEntry, save
 from compress.errors import BackendError, ConfigError
 from compress.sources import Loaded, Origin
 from compress.surgery import share_blocks
-from deploy.cli import build_parser
+from deploy.cli import parse
 from deploy.show import describe
 from exporters import export
 from tests.benchmarks import completions_server
@@ -168,8 +169,9 @@ def behaviours(monkeypatch: pytest.MonkeyPatch) -> dict[str, Behaviour]:
     """By the names of models; servers behave so."""
     found: dict[str, Behaviour] = {}
 
-    def command(side: Side, port: int, settings: Settings) -> list[str]:
-        behaviour = json.dumps(dataclasses.asdict(found.get(side.name, Behaviour())))
+    def command(path: str, port: int, options: Sequence[str], flags: Sequence[str]) -> list[str]:
+        name = options[options.index("--served-model-name") + 1]
+        behaviour = json.dumps(dataclasses.asdict(found.get(name, Behaviour())))
         return [sys.executable, completions_server.__file__, behaviour, str(port)]
 
     monkeypatch.setattr(processes, "command_of", command)
@@ -248,12 +250,12 @@ def test_the_command_line_of_a_server_is_one_that_foldaway_takes(
     flags: tuple[str, ...], length: int | None, tmp_path: Path
 ) -> None:
     settings = dataclasses.replace(SETTINGS, flags=flags, max_model_len=length)
-    command = processes.command_of(Side("dense", tmp_path), 8123, settings)
-    words, _, passed = " ".join(command).partition(" -m deploy ")[2].partition(" -- ")
-    given = build_parser().parse_args(words.split())
+    options = options_of(Side("dense", tmp_path), settings)
+    command = processes.command_of(str(tmp_path), 8123, options, settings.flags)
+    given = parse(command[command.index("deploy") + 1 :])
     assert (given.path, given.backend, given.port) == (str(tmp_path), "vllm", 8123)
     assert (given.served_model_name, given.until_stdin_closes, given.max_model_len) == ("dense", True, length)
-    assert passed == " ".join(flags)
+    assert given.flags == list(flags)
 
 
 # --- The models

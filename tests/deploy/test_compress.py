@@ -16,10 +16,10 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from benchmarks.servers import child_environment
 from compress.artifact import read_manifest
 from compress.schema import list_files
 from deploy.cli import main
-from deploy.comparison import child_environment
 from tests.deploy.test_eval import QUIZ, write_rows
 
 OPTIONS = {"sparsity": 0.6, "window": 4, "batch": 2, "coefficient_rank": 2, "lora_rank": 2, "loss": "mse"}

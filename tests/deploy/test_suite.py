@@ -15,12 +15,12 @@ import pytest
 import yaml
 
 from benchmarks import table as tables
+from benchmarks.servers import child_environment
 from benchmarks.table import Table
 from compress import artifact
 from compress.errors import ConfigError, FoldawayError
 from compress.result import no_progress
 from deploy.cli import main
-from deploy.comparison import child_environment
 from deploy.show import describe
 from deploy.suite import SuiteRun
 from tests.conftest import byte_tokenizer, tiny
