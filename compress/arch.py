@@ -18,6 +18,23 @@ from compress.errors import UnsupportedArchitecture
 
 
 @dataclass(frozen=True)
+class LlamaBlock:
+    """A block that is Llama's but for this.
+
+    Attributes:
+        qkv_bias: queries, keys and values have biases, and the output has none; else the config's ``attention_bias``
+            speaks for all four.
+        head_norms: queries and keys are normalised per head.
+        head_dim_is_read: whether vLLM's own class takes the width of a head from the config, and not from the number
+            of heads, which is wrong once heads have gone.
+    """
+
+    qkv_bias: bool = False
+    head_norms: bool = False
+    head_dim_is_read: bool = True
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One architecture of transformers.
 
@@ -41,6 +58,7 @@ class Architecture:
         hidden_keys: config keys of the number of hidden channels.
         has_head_dim: whether the config may say how wide a head is; where not, it is hidden channels over heads.
         requires: config values without which this record is wrong.
+        llama: how its block differs from Llama's; None where it is of another kind.
     """
 
     blocks: str = "model.layers"
@@ -62,6 +80,7 @@ class Architecture:
     hidden_keys: tuple[str, ...] = ("hidden_size",)
     has_head_dim: bool = True
     requires: Mapping[str, Any] = field(default_factory=dict)
+    llama: LlamaBlock | None = None
 
     def block_parts(self) -> dict[str, Any]:
         """The part of this record that a ragged or shared artifact carries in its config (see remote_code)."""
@@ -78,10 +97,10 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(),
-    "mistral": Architecture(),
-    "qwen2": Architecture(),
-    "qwen3": Architecture(),
+    "llama": Architecture(llama=LlamaBlock()),
+    "mistral": Architecture(llama=LlamaBlock()),
+    "qwen2": Architecture(llama=LlamaBlock(qkv_bias=True, head_dim_is_read=False)),
+    "qwen3": Architecture(llama=LlamaBlock(head_norms=True)),
     "gemma3_text": Architecture(
         attention_norms=("input_layernorm", "post_attention_layernorm"),
         ffn_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
@@ -126,10 +145,10 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-LLAMA_BLOCKS = ("llama", "mistral", "qwen2")
-"""Architectures whose blocks are Llama's, with or without biases."""
-VLLM_BLOCKS = (*LLAMA_BLOCKS, "qwen3")
+VLLM_BLOCKS = tuple(name for name, arch in ARCHITECTURES.items() if arch.llama)
 """Architectures that our plugin for vLLM builds from blocks that differ or share."""
+LLAMA_BLOCKS = tuple(name for name, arch in ARCHITECTURES.items() if arch.llama and not arch.llama.head_norms)
+"""Architectures whose blocks vLLM's own class for blocks that differ can say."""
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,16 @@ def load(name: str, *, dtype: torch.dtype | None = None) -> Loaded:
     return Loaded(model, tokenizer, Origin(name, place.kind, licence=stated_licence(place.where)), processor)
 
 
+def kind_of(name: str) -> str:
+    """What a name stands for: ``"artifact"``, ``"folder"``, ``"gguf"``, ``"demo"`` or ``"hub"``; weights are not read.
+
+    Raises:
+        ConfigError: there is no such model.
+        ArtifactError: its weights are pickled, or not there.
+    """
+    return _place(name).kind
+
+
 def local_folder(name: str) -> Path:
     """The folder of safetensors behind a name; a hub id is downloaded.
 

@@ -405,7 +405,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         max_model_len=arguments.max_model_len,
         api_key=_api_key(arguments.api_key_file),
         device=checked_device(arguments.device),
-        deltas=dict(deltas),
+        deltas=deltas,
         flags=arguments.flags,
         ready=lambda url: terminal.say(f"Serving at {url}/v1 until Ctrl-C"),
         say=terminal.say,

@@ -61,7 +61,9 @@ def padded(model: PreTrainedModel, layout: Layout) -> PreTrainedModel:
             new = old
         else:
             stacked = parts["ffn_in_fused"] if any(path in name for path in fused) else 1
-            new = made.setdefault(id(old), _with_zeros(old, empty.shape, stacked))
+            if id(old) not in made:
+                made[id(old)] = _with_zeros(old, empty.shape, stacked)
+            new = made[id(old)]
         _put(larger, name, new)
     for name, buffer in list(larger.named_buffers()):
         owner, _, leaf = name.rpartition(".")

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress import budget, nemotron_nas, remote_code
-from compress.arch import LLAMA_BLOCKS, VLLM_BLOCKS, architecture_of, check_text_model
+from compress.arch import ARCHITECTURES, LLAMA_BLOCKS, VLLM_BLOCKS, architecture_of, check_text_model
 from compress.artifact import write_model
 from compress.decoder import Decoder
 from compress.device import DTYPES
@@ -168,17 +168,16 @@ def _route(model: PreTrainedModel, model_type: str) -> Route:
 def loses_head_dim(config: Mapping[str, Any]) -> bool:
     """Whether vLLM's own class would get the width of the heads wrong.
 
-    Its Qwen2 divides the hidden size by the number of heads, which is no longer so once heads have gone.
+    It divides the hidden size by the number of heads, which is no longer so once heads have gone.
 
     Args:
         config: the content of a stock config.json.
     """
-    said = config.get("head_dim")
-    return (
-        config.get("model_type") == "qwen2"
-        and bool(said)
-        and said * config["num_attention_heads"] != config["hidden_size"]
-    )
+    arch = ARCHITECTURES.get(str(config.get("model_type")))
+    if arch is None or arch.llama is None or arch.llama.head_dim_is_read:
+        return False
+    width = config.get("head_dim")
+    return bool(width) and width * config["num_attention_heads"] != config["hidden_size"]
 
 
 def _without_plugin(model: PreTrainedModel, model_type: str) -> tuple[PreTrainedModel, str]:
@@ -203,7 +202,8 @@ def _rename(model: PreTrainedModel, folder: Path) -> None:
         "auto_map": {"AutoConfig": f"{Path(nemotron_nas.CODE).stem}.{NemotronNasConfig.__name__}"},
         "block_configs": _block_configs(model),
     }
-    if remote_code.base_config(model.config).model_type == "qwen2":
+    kind = Decoder(model).arch.llama
+    if kind is not None and kind.qkv_bias:
         theirs["qkv_bias"] = True
     file.write_text(json.dumps(config | theirs, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / remote_code.CODE).unlink(missing_ok=True)

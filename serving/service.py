@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from compress.errors import ConfigError, require
@@ -57,7 +57,7 @@ def serve(
     max_batch: int = 8,
     api_key: str | None = None,
     device: str = "cpu",
-    deltas: Mapping[str, str] | None = None,
+    deltas: Sequence[tuple[str, str]] = (),
     flags: Sequence[str] = (),
     ready: Callable[[str], None] | None = None,
     say: Callable[[str], None] = logger.info,
@@ -82,14 +82,14 @@ def serve(
     Raises:
         BackendError: the port is taken, or the runtime cannot load the model.
         ConfigError: an option or a path that cannot be meant.
-        MissingExtra: the HTTP packages are not installed.
+        KeyboardInterrupt: a second signal forced the end.
+        MissingExtra: the HTTP packages or vLLM are not installed.
+        FoldawayError: what else `vllm_backend.serve` raises.
     """
-    for module in ("fastapi", "uvicorn"):
-        require(module, "serve")
-    from serving.server import bind, run
-
     chosen = backend or _guess(path)
     if chosen == vllm_backend.NAME:
+        if device != "cpu":
+            raise ConfigError(f"device {device}: vLLM computes where it was installed for; see CUDA_VISIBLE_DEVICES")
         vllm_backend.serve(
             path,
             host=host,
@@ -107,6 +107,10 @@ def serve(
         return
     if flags or deltas:
         raise ConfigError(f"{'flags after --' if flags else '--delta'}: for --backend vllm, and this is {chosen}")
+    for module in ("fastapi", "uvicorn"):
+        require(module, "serve")
+    from serving.server import bind, run
+
     sock = bind(host, port)  # before the model is loaded: a port in use should not cost a minute
     if chosen == "onnx":
         give_back_large_blocks()

@@ -24,28 +24,33 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
 from compress import artifact
-from compress.errors import BackendError, ConfigError, MissingExtra
+from compress.errors import BackendError, ConfigError, MissingExtra, first_line
 from compress.remote_code import MODEL_TYPE
 from compress.result import Progress, no_progress
-from compress.sources import DEMO_MODELS, load
+from compress.sources import kind_of, load
 from exporters.base import ExportOptions, is_export, read_export
 from exporters.to_vllm import loses_head_dim
 from serving.backend import model_id_of
-from serving.server import bind
 from serving.vllm_plugin import TESTED, installed_version, release, tested_versions, why_not
 
 NAME = "vllm"
-OWN_FLAGS = ("--model", "--host", "--port", "--served-model-name", "--max-model-len", "--api-key")
-"""What foldaway has options for, or passes on in another way."""
-OTHER_PROGRAMS = ("--headless", "--api-server-count")
-"""What vLLM's own command line understands, and the server that is started here overlooks."""
+OURS = "foldaway has a word for that itself, see `foldaway serve --help`"
+OVERLOOKED = "such a server answers no requests here, start it with `vllm serve`"
+PLAIN_HTTP = "foldaway asks its server over HTTP whether it is ready, so put what encrypts or forwards in front of it"
+REFUSED = {
+    **dict.fromkeys(("--model", "--host", "--port", "--served-model-name", "--max-model-len", "--api-key"), OURS),
+    **dict.fromkeys(("--headless", "--api-server-count"), OVERLOOKED),
+    **dict.fromkeys(("--ssl-keyfile", "--ssl-certfile", "--uds"), PLAIN_HTTP),
+}
+"""Flags of vLLM that are not passed on, and why."""
+HUB_FLAGS = ("--lora-modules", "--speculative-config", "--tokenizer", "--hf-config-path", "--generation-config")
+"""Flags that may name something on a hub."""
 DRAIN_SECONDS = 60
 """How long running answers may take after the first signal."""
 GRACE_SECONDS = 10
@@ -55,6 +60,7 @@ QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 CAUSE = re.compile(r"(?:^|[\s\]])(?:[\w.]*(?:Error|Exception)|Value error|error)[:,] (?P<what>\S.*)")
 HINTS = ("initialization failed", "See root cause above", "See stack trace", "For further information")
 """Errors that only say that there was another."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 
 logger = logging.getLogger(__name__)
@@ -68,7 +74,7 @@ def serve(
     served_model_name: str | None = None,
     max_model_len: int | None = None,
     api_key: str | None = None,
-    deltas: Mapping[str, str] | None = None,
+    deltas: Sequence[tuple[str, str]] = (),
     flags: Sequence[str] = (),
     ready: Callable[[str], None] | None = None,
     say: Callable[[str], None] = logger.info,
@@ -84,7 +90,7 @@ def serve(
         served_model_name: the model's name towards clients; None takes the folder's or file's name.
         max_model_len: the most tokens of a sequence; None takes the model's.
         api_key: bearer key to ask for; None asks for none. It travels in the child's environment.
-        deltas: name -> package, at most one: the fine-tune is merged, and served under that name.
+        deltas: name and package, at most one: the fine-tune is merged, and served under that name.
         flags: of vLLM, passed on as they are.
         ready: told the base URL, once requests are answered.
         say: told what is done, and what vLLM writes.
@@ -92,20 +98,25 @@ def serve(
         progress: told of tensors merged.
 
     Raises:
+        ArtifactError: the files are not what they should be, or their weights are pickled.
         BackendError: vLLM does not start, ended by itself, or is too old; or the port is taken.
         ConfigError: an option or a path that cannot be meant.
-        KeyboardInterrupt: a second signal forced the end.
+        ExportError: it has to be rewritten for vLLM, and cannot be.
+        KeyboardInterrupt: a signal came before vLLM was started, or a second one forced the end.
         MissingExtra: vLLM is not installed.
+        UnsupportedArchitecture: it has to be rewritten for vLLM, and its parts are not known.
     """
     version = check_installed()
+    from serving.server import bind  # which needs what vLLM brings along
+
     check_flags(flags)
+    name = _name(str(path), served_model_name, deltas)
     sock = bind(host, port)  # a port in use should not cost a minute
     port = int(sock.getsockname()[1])
     sock.close()
-    with tempfile.TemporaryDirectory(prefix="foldaway-vllm-") as scratch, _signals() as signals:
-        name = served_model_name or model_id_of(str(path))
-        if deltas:
-            name, path = _merge(deltas, str(path), Path(scratch), progress)
+    with tempfile.TemporaryDirectory(prefix="foldaway-vllm-") as scratch, _Signals() as signals:
+        for _, package in deltas:
+            path = _merge(package, str(path), Path(scratch), progress)
         model = prepare(str(path), Path(scratch), version, say)
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
         command += ["--served-model-name", name, "--host", host, "--port", str(port)]
@@ -115,14 +126,16 @@ def serve(
         if drain is None:
             command += ["--shutdown-timeout", str(DRAIN_SECONDS)]
         patience = GRACE_SECONDS + (int(drain) if drain is not None and drain.isdecimal() else DRAIN_SECONDS)
-        environment = _environment(api_key, local=Path(model).is_dir())
+        offline = Path(model).is_dir() and not any(_has(flags, flag) for flag in HUB_FLAGS)
+        environment = _environment(api_key, offline=offline)
+        signals.collect()
         with _Child([*command, *flags], environment, say, patience=patience, quiet=quiet) as child:
             url = f"http://{_reachable(host)}:{port}"
-            child.wait_until_healthy(url, signals)
-            if not signals and ready is not None:
+            child.wait_until_healthy(url, signals.received)
+            if not signals.received and ready is not None:
                 ready(url)
-            child.wait(signals)
-            forced = len(signals) > 1
+            child.wait(signals.received)
+            forced = len(signals.received) > 1
     if forced:
         raise KeyboardInterrupt
 
@@ -148,78 +161,86 @@ def check_installed() -> str:
 
 
 def check_flags(flags: Sequence[str]) -> None:
-    """Refuse flags of vLLM that foldaway sets itself.
+    """Refuse flags of vLLM that foldaway sets itself, or cannot do with.
 
     Raises:
         ConfigError: naming the first.
     """
-    for own in OWN_FLAGS:
-        if _has(flags, own):
-            raise ConfigError(f"{own} after --: foldaway has a word for that itself, see `foldaway serve --help`")
-    for other in OTHER_PROGRAMS:
-        if _has(flags, other):
-            raise ConfigError(f"{other} after --: such a server answers no requests here; start it with `vllm serve`")
+    for flag, reason in REFUSED.items():
+        if _has(flags, flag):
+            raise ConfigError(f"{flag} after --: {reason}")
+
+
+def _name(path: str, asked: str | None, deltas: Sequence[tuple[str, str]]) -> str:
+    """The model's name towards clients."""
+    if len(deltas) > 1:
+        raise ConfigError(
+            f"{len(deltas)} deltas were given, and vLLM holds one set of weights: start one server for each"
+        )
+    if deltas and asked is not None:
+        raise ConfigError(f"--served-model-name {asked}: the delta has a name already, {deltas[0][0]}; leave one out")
+    return deltas[0][0] if deltas else asked or model_id_of(path)
 
 
 def prepare(path: str, scratch: Path, version: str, say: Callable[[str], None]) -> str:
     """A folder or hub id that vLLM opens; written to ``scratch`` if there is none yet.
 
     Raises:
+        ArtifactError: the files are not what they should be, or their weights are pickled.
         ConfigError: there is no such model.
-        CorruptArtifact: the files are not those of the manifest.
-        UnsupportedArchitecture: it has to be rewritten for vLLM, and its parts are not known.
+        ExportError: it has to be rewritten, and cannot be.
+        UnsupportedArchitecture: it has to be rewritten, and its parts are not known.
     """
     folder = Path(path).expanduser()
     if is_export(folder) and read_export(folder).to == "onnx":
         raise ConfigError(
             f"{path} is an ONNX export: serve it with --backend onnx, or give the model that it was made of"
         )
-    if not folder.is_dir():
-        if folder.exists() or path in DEMO_MODELS:
-            return _exported(path, scratch, ExportOptions(), say)
-        return path  # a hub id, which vLLM looks up
-    if artifact.is_artifact(folder):
+    kind = kind_of(path)
+    if kind == "hub":
+        return path  # vLLM looks it up
+    if kind in ("gguf", "demo"):
+        return _exported(path, scratch, ExportOptions(), say)
+    if kind == "artifact":
         artifact.verify(folder)
     config = _config(folder)
-    if loses_head_dim(config):
-        return _exported(path, scratch, ExportOptions(), say)
+    try:
+        opens, plugin = _opens(config, version)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder}: its config.json describes no model: {first_line(error)}") from error
+    return str(folder) if opens else _exported(path, scratch, ExportOptions(plugin=plugin), say)
+
+
+def _opens(config: Mapping[str, Any], version: str) -> tuple[bool, bool]:
+    """Whether vLLM opens a folder with this config.json as it is, and whether our plugin may be counted on."""
     if config.get("model_type") != MODEL_TYPE:
-        return str(folder)
-    blocks = config.get("block_configs", [])
-    problem = why_not(str(config.get("base_model_type")), version)
-    if problem is not None:
-        say(f"{problem.partition(':')[0]}: blocks are padded and copied until they are alike, and nothing is saved")
-    elif any(block.get("adapter_rank") for block in blocks):
-        say("Blocks add products of their own to what they share, which takes copies in vLLM: nothing is saved")
-    else:
-        return str(folder)
-    return _exported(path, scratch, ExportOptions(plugin=problem is None), say)
+        return not loses_head_dim(config), True
+    plugin = why_not(str(config["base_model_type"]), version) is None
+    return plugin and not any(block.get("adapter_rank") for block in config["block_configs"]), plugin
 
 
 def _exported(path: str, scratch: Path, options: ExportOptions, say: Callable[[str], None]) -> str:
     from compress.calibration import context_length_of, windows
     from exporters import export
 
+    say(f"Writing {path} to a temporary folder as vLLM can open it")
     loaded = load(path)
     context = context_length_of(loaded.model)
     tokens = windows("builtin", loaded.tokenizer, length=min(64, context), count=1, context_length=context).tokens
-    say(f"Writing {path} as a folder that vLLM opens")
-    return str(export(loaded, scratch / "model", to=NAME, options=options, check_tokens=tokens).path)
+    made = export(loaded, scratch / "model", to=NAME, options=options, check_tokens=tokens)
+    for note in made.notes[1:]:  # the first is about opening the folder by hand
+        say(f"{note[0].upper()}{note[1:]}")
+    return str(made.path)
 
 
-def _merge(deltas: Mapping[str, str], base: str, scratch: Path, progress: Progress) -> tuple[str, str]:
-    """The name and the folder of a fine-tune, merged tensor by tensor."""
+def _merge(package: str, base: str, scratch: Path, progress: Progress) -> str:
+    """The folder of a fine-tune, merged tensor by tensor."""
     from compress.delta.apply import apply
     from compress.delta.checkpoint import open_base
     from compress.delta.package import Package
 
-    if len(deltas) > 1:
-        raise ConfigError(
-            f"{len(deltas)} deltas were given, and vLLM holds one set of weights: start one server for each"
-        )
-    ((name, package),) = deltas.items()
     apply(Package(Path(package)), open_base(base), scratch / "merged", progress)
-    return name, str(scratch / "merged")
+    return str(scratch / "merged")
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -244,11 +265,9 @@ def _value(flags: Sequence[str], name: str) -> str | None:
     return None
 
 
-def _environment(api_key: str | None, *, local: bool) -> dict[str, str]:
-    """The child's environment: nothing is reported to anyone, and a model that lies here is not looked up elsewhere."""
-    quiet = QUIET | ({"HF_HUB_OFFLINE": "1"} if local else {})
-    environment = {**quiet, **os.environ}
-    environment.pop("VLLM_API_KEY", None)
+def _environment(api_key: str | None, *, offline: bool) -> dict[str, str]:
+    """The child's environment: nothing is reported to anyone, and what lies here is not looked up on a hub."""
+    environment = {**QUIET, **({"HF_HUB_OFFLINE": "1"} if offline else {}), **os.environ}
     return environment if api_key is None else {**environment, "VLLM_API_KEY": api_key}
 
 
@@ -258,20 +277,29 @@ def _reachable(host: str) -> str:
     return special.get(host, f"[{host}]" if ":" in host else host)
 
 
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of being ended by them."""
-    received: list[int] = []
+class _Signals:
+    """SIGINT, SIGTERM and SIGHUP: they interrupt, and from `collect` on they are counted instead."""
 
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._collecting = False
 
-    usual = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in usual.items():
+    def __enter__(self) -> _Signals:
+        self._usual = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._usual.items():
             signal.signal(number, handler)
+
+    def collect(self) -> None:
+        """Interrupt no more: there will be a child, which is to be told first."""
+        self._collecting = True
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self._collecting:
+            raise KeyboardInterrupt
+        self.received.append(number)
 
 
 class _Child:
@@ -319,8 +347,8 @@ class _Child:
         self._process.wait()
         self._reader.join(GRACE_SECONDS)
         self._log.close()
-        if kind is None:
-            self._log_path.unlink()
+        if kind is None or not issubclass(kind, BackendError):
+            self._log_path.unlink(missing_ok=True)
 
     def wait_until_healthy(self, url: str, signals: Sequence[int]) -> None:
         """Return once requests are answered, or a signal came.
@@ -334,6 +362,7 @@ class _Child:
             if _answers(f"{url}/health"):
                 self._healthy = True
                 self._shown.set()
+                self._log_path.unlink()  # what follows is shown, and may be much
                 return
             time.sleep(POLL_SECONDS)
 
@@ -345,10 +374,7 @@ class _Child:
         """
         while not signals:
             if self._process.poll() is not None:
-                raise BackendError(
-                    f"vLLM ended by itself with {_status(self._process.returncode)}: {self._cause()}; its log is "
-                    f"{self._log_path}"
-                )
+                raise BackendError(f"vLLM ended by itself with {_status(self._process.returncode)}: {self._cause()}")
             time.sleep(POLL_SECONDS)
         self._process.terminate()
         self._shown.clear()  # what comes now is of how the child takes itself apart
@@ -359,19 +385,21 @@ class _Child:
     def _read(self, output: IO[str]) -> None:
         for line in output:
             self._tail.append(line.rstrip())
-            self._log.write(line)
-            self._log.flush()
+            if not self._healthy:
+                self._log.write(line)
+                self._log.flush()
             if self._shown.is_set():
                 self._say(line.rstrip())
 
     def _cause(self) -> str:
         """What the child's last error says, in one line."""
         self._reader.join(1)  # what it wrote last may still be on the way
-        found = [match["what"] for match in map(CAUSE.search, self._tail) if match]
+        lines = list(self._tail)
+        found = [match["what"] for match in map(CAUSE.search, lines) if match]
         causes = [what for what in found if not any(hint in what for hint in HINTS)]
         if causes:
             return causes[-1].partition(" [type=")[0].strip()
-        return next((line for line in reversed(self._tail) if line.strip()), _status(self._process.returncode))
+        return next((line for line in reversed(lines) if line.strip()), _status(self._process.returncode))
 
     def _kill(self) -> None:
         """End whatever is left of the group."""
@@ -382,8 +410,10 @@ class _Child:
 
 
 def _answers(url: str) -> bool:
+    """Whether a server of this machine is ready; proxies are for others."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
+        with direct.open(url, timeout=5) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False

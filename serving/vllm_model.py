@@ -26,8 +26,8 @@ from vllm.model_executor.models.interfaces import HasNoOps
 from vllm.model_executor.models.llama import LlamaAttention, LlamaForCausalLM, LlamaMLP
 from vllm.model_executor.models.utils import extract_layer_index
 
-BIASES = {"qwen2": (True, False)}
-"""model_type -> whether q, k and v have biases, and whether o has; others say it in ``attention_bias``."""
+from compress.arch import ARCHITECTURES
+
 LINEAR = re.compile(
     r"(?P<before>.*\.layers\.)(?P<block>\d+)(?P<linear>\.\w+\.[qkvo]_proj|\.mlp\.\w+_proj)\.(?P<leaf>\w+)"
 )
@@ -85,6 +85,11 @@ class FoldedLayer(nn.Module):
         self.own_biases = bool(shape.get("own_biases"))
         holder = holders.setdefault(self.index if shape.shares_with is None else shape.shares_with, self)
         if holder is not self:
+            if self.own_biases and vllm_config.quant_config is not None:
+                raise ValueError(
+                    f"block {self.index} has biases of its own beside weights that it shares, which kernels for "
+                    "quantised weights rearrange together: export it with --no-plugin"
+                )
             _follow(self, holder)
 
     def forward(
@@ -152,23 +157,24 @@ class _Following(QuantizeMethodBase):  # type: ignore[misc]
 
 def _follow(layer: FoldedLayer, holder: FoldedLayer) -> None:
     """Let the linears of a layer compute with the weights of another's."""
-    theirs = dict(layer_linears(holder))
-    for name, linear in layer_linears(layer):
+    theirs = dict(_linears(holder))
+    for name, linear in _linears(layer):
         for parameter in list(linear._parameters):
             if not (parameter == "bias" and layer.own_biases):
                 linear.register_parameter(parameter, None)
         linear.quant_method = _Following(theirs[name])
 
 
-def layer_linears(layer: nn.Module) -> Iterator[tuple[str, LinearBase]]:
+def _linears(layer: nn.Module) -> Iterator[tuple[str, LinearBase]]:
     """The linears of a layer, by their paths."""
     return ((name, module) for name, module in layer.named_modules() if isinstance(module, LinearBase))
 
 
 def _attention(config: Any, shape: Any, vllm_config: VllmConfig, prefix: str) -> LlamaAttention:
-    attention = NormedAttention if config.base_model_type == "qwen3" else LlamaAttention
-    said = getattr(config, "attention_bias", False)
-    of_qkv, of_o = BIASES.get(config.base_model_type, (said, said))
+    kind = ARCHITECTURES[config.base_model_type].llama
+    assert kind is not None  # FoldawayConfig takes no other
+    attention = NormedAttention if kind.head_norms else LlamaAttention
+    biases = getattr(config, "attention_bias", False)
     return attention(
         config=config,
         hidden_size=config.hidden_size,
@@ -176,8 +182,8 @@ def _attention(config: Any, shape: Any, vllm_config: VllmConfig, prefix: str) ->
         num_kv_heads=shape.attention.num_key_value_heads,
         max_position_embeddings=config.max_position_embeddings,
         quant_config=vllm_config.quant_config,
-        bias=of_qkv,
-        bias_o_proj=of_o,
+        bias=kind.qkv_bias or biases,
+        bias_o_proj=biases and not kind.qkv_bias,
         cache_config=vllm_config.cache_config,
         prefix=prefix,
     )

@@ -15,7 +15,8 @@ asked costs nothing but memory. Where they share a GPU, flags must tell each how
 * A turn for each model and number in flight, before the others, does not count. An answer that fails or is too short
   ends the command: what is compared is to be alike.
 * Ratios to the baseline come with intervals from rounds in pairs, and beside them stands what parameters alone would
-  give, the baseline's over the model's: decoding reads every weight once for each step.
+  give, the baseline's over the model's: decoding reads every weight once for each step. Not so where blocks share,
+  whose weights are read once for each block that is executed: there nothing stands.
 
 The log of each server lies beside FILE.json.
 """

@@ -169,8 +169,13 @@ class Throughput(Strict):
         speeds = self.speeds(self.baseline, in_flight), self.speeds(model, in_flight)
         return paired_runs(f"{in_flight} in flight", "tokens/second", *speeds)
 
-    def by_parameters(self, model: Served) -> float:
-        """How many times as fast as the baseline a model would be if reading weights were all that takes time."""
+    def by_parameters(self, model: Served) -> float | None:
+        """How many times as fast as the baseline a model would be if reading weights were all that takes time.
+
+        None where blocks share: their weights are stored once, and read for each block that is executed.
+        """
+        if model.blocks_executed != model.blocks_stored:
+            return None
         return self.baseline.parameters / model.parameters
 
 
@@ -219,7 +224,8 @@ def table(record: Throughput) -> Grid:
             f"{number(speed.median)} ({number(speed.minimum)} to {number(speed.maximum)})",
             *(number(1000 * seconds) for seconds in waits),
             number(median(turn.e2e for turn in turns)),
-            *(("", "", "") if model is record.baseline else (ratio, times(alone), times(TARGET * alone))),
+            "" if model is record.baseline else ratio,
+            *(("", "") if model is record.baseline or alone is None else (times(alone), times(TARGET * alone))),
         )
 
     headers = ["in flight", "model", "tokens/s", "TTFT, ms", "TPOT, ms", "E2E, s"]
@@ -287,7 +293,8 @@ def summary_lines(record: Throughput) -> list[str]:
 
     lines = []
     for model in record.models:
-        alone = "" if model is record.baseline else f"; {times(record.by_parameters(model))} by parameters alone"
+        by_parameters = None if model is record.baseline else record.by_parameters(model)
+        alone = "" if by_parameters is None else f"; {times(by_parameters)} by parameters alone"
         measured = ", ".join(found(model, each) for each in record.settings.in_flight)
         lines.append(f"{model.name}, {quantity('parameters', model.parameters)}: {measured}{alone}")
     return lines
@@ -298,7 +305,8 @@ def chart(record: Throughput) -> Html:
 
     def bar(model: Served, in_flight: int, most: float) -> Bar:
         found = summary(record.speeds(model, in_flight))
-        alone = None if model is record.baseline else most * record.by_parameters(model)
+        by_parameters = None if model is record.baseline else record.by_parameters(model)
+        alone = None if by_parameters is None else most * by_parameters
         return Bar(model.name, found.median, found.minimum, found.maximum, alone)
 
     panels = []

@@ -337,7 +337,7 @@ def record() -> Throughput:
         settings=SETTINGS,
         models=(
             Served("dense", 1_500_000, 3_000_000, "bf16", 6, 6, None),
-            Served("ragged", 1_000_000, 2_000_000, "bf16", 6, 5, "9f2c51d07ab3e684"),
+            Served("ragged", 1_000_000, 2_000_000, "bf16", 6, 6, "9f2c51d07ab3e684"),
         ),
         measurements=tuple(
             turn(name, level, repeat, factor * runs[repeat - 1])
@@ -379,6 +379,14 @@ def test_a_table_has_a_row_for_each_level_and_model_and_compares_with_the_baseli
     assert grid.rows[1][6].startswith("×\N{NO-BREAK SPACE}1.3 (1.3 to 1.3")
     assert grid.rows[1][7:] == ("×\N{NO-BREAK SPACE}1.5", f"×\N{NO-BREAK SPACE}{1.5 * TARGET:.3g}")
     assert "vLLM 0.32.0 with `--dtype float32`; medians of 3 rounds" in conditions(record)
+
+
+def test_where_blocks_share_parameters_foretell_nothing(record: Throughput) -> None:
+    dense, ragged = record.models
+    folded = record.model_copy(update={"models": (dense, dataclasses.replace(ragged, blocks_stored=5))})
+    assert folded.by_parameters(folded.models[1]) is None
+    assert [row[7:] for row in table(folded).rows] == [("", "")] * 4
+    assert not any("by parameters alone" in line for line in summary_lines(folded))
 
 
 def test_one_round_says_nothing_of_an_interval(record: Throughput) -> None:
