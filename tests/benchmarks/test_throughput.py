@@ -446,7 +446,7 @@ def test_a_document_shows_the_record_that_it_names(record: Throughput, tmp_path:
     link = "../benchmarks/results/here/throughput.json"
     assert fresh == "Before\n" + marker.format(document(written, link))
     assert f"the record is [{written.id}]({link})." in fresh
-    assert "| ragged | 1\N{NO-BREAK SPACE}M | 5 / 6 | 2 | bf16 | 9f2c51d07ab3e684 |" in fresh
+    assert "| ragged | 1\N{NO-BREAK SPACE}M | 6 / 6 | 2 | bf16 | 9f2c51d07ab3e684 |" in fresh
     assert with_fresh_tables(fresh, tmp_path, tmp_path / "docs") == fresh
     assert pictures(tmp_path) == {folder / "throughput.svg": chart(written) + "\n"}
 
