@@ -197,32 +197,55 @@ def _in_int8(folder: Path) -> Path:
     return folder
 
 
-WITHOUT_PLUGIN = """
-import sys
-from tests.vllm.conftest import engine
+SCRIPT = """
+import json, sys
+from tests.vllm.conftest import Engine
 if __name__ == "__main__":
-    with engine(sys.argv[1], trust_remote_code=sys.argv[2] == "trust") as vllm:
-        print(vllm.greedy([5, 70, 99, 12], 16))
-    assert "serving" not in sys.modules and "serving.vllm_plugin" not in sys.modules
+    folder, prompt, options = map(json.loads, sys.argv[1:])
+    print(Engine(folder, **options).greedy(prompt, 16))
 """
 
 
-@pytest.mark.parametrize(("make", "trust"), [(lambda: tiny("llama"), "no"), (lambda: ragged("qwen2"), "trust")])
-def test_where_foldaway_is_not_installed_stock_and_ragged_exports_load(make: Any, trust: str, tmp_path: Path) -> None:
-    """vLLM is told to load no plugin; the ragged one brings the class of its config along."""
-    model = make()
-    folder = exported(model, tmp_path / "x")
-    environment = {**os.environ, "VLLM_PLUGINS": "", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+def greedy_elsewhere(folder: Path, scratch: Path, environment: dict[str, str], **options: Any) -> list[int]:
+    """What an engine in a process of its own continues the prompt with."""
+    script = scratch / "script.py"
+    script.write_text(SCRIPT)
     run = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PLUGIN, str(folder), trust],
-        cwd=Path(__file__).parents[2],
-        env=environment,
+        [sys.executable, str(script), json.dumps(str(folder)), json.dumps(PROMPT), json.dumps(options)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert json.loads(run.stdout.splitlines()[-1]) == greedy(model, [5, 70, 99, 12], 16)
+    tokens: list[int] = json.loads(run.stdout.splitlines()[-1])
+    return tokens
+
+
+@pytest.mark.parametrize(("make", "trust"), [(lambda: tiny("llama"), False), (lambda: ragged("qwen2"), True)])
+def test_where_foldaway_is_not_installed_stock_and_ragged_exports_load(make: Any, trust: bool, tmp_path: Path) -> None:
+    """vLLM is told to load no plugin; the ragged one brings the class of its config along."""
+    model = make()
+    folder = exported(model, tmp_path / "x")
+    environment = {"VLLM_PLUGINS": "", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    assert greedy_elsewhere(folder, tmp_path, environment, trust_remote_code=trust) == greedy(model, PROMPT, 16)
+
+
+PARALLEL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2, "enforce_eager": False},  # on CPUs vLLM 0.32 cannot do without the compiler there
+    ],
+)
+def test_a_shared_model_is_spread_over_processes(options: dict[str, Any], tmp_path: Path) -> None:
+    """Block 4 computes with the weights of block 1, which lies in the first of two pipeline stages."""
+    model = shared("qwen2", own_biases=True)
+    folder = exported(model, tmp_path / "x")
+    assert greedy_elsewhere(folder, tmp_path, PARALLEL, **options) == greedy(model, PROMPT, 16)
 
 
 def test_a_later_pipeline_stage_finds_the_weights_that_an_earlier_block_has_in_the_file() -> None:
