@@ -25,6 +25,7 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -386,8 +387,9 @@ class _Child:
         for line in output:
             self._tail.append(line.rstrip())
             if not self._healthy:
-                self._log.write(line)
-                self._log.flush()
+                with suppress(OSError):  # a full disk must not stop who reads, and so the child
+                    self._log.write(line)
+                    self._log.flush()
             if self._shown.is_set():
                 self._say(line.rstrip())
 
