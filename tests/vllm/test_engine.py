@@ -202,7 +202,7 @@ import json, sys
 from tests.vllm.conftest import Engine
 if __name__ == "__main__":
     folder, prompt, options = map(json.loads, sys.argv[1:])
-    print(Engine(folder, **options).greedy(prompt, 16))
+    print("found", Engine(folder, **options).greedy(prompt, 16), flush=True)
 """
 
 
@@ -218,7 +218,10 @@ def greedy_elsewhere(folder: Path, scratch: Path, environment: dict[str, str], *
         check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    tokens: list[int] = json.loads(run.stdout.splitlines()[-1])
+    (found,) = [
+        line for line in run.stdout.splitlines() if line.startswith("found ")
+    ]  # workers have words of their own
+    tokens: list[int] = json.loads(found.removeprefix("found "))
     return tokens
 
 
