@@ -398,7 +398,7 @@ class _Child:
         self._reader.join(1)  # what it wrote last may still be on the way
         lines = list(self._tail)
         found = [match["what"] for match in map(CAUSE.search, lines) if match]
-        causes = [what for what in found if not any(hint in what for hint in HINTS)]
+        causes = [what for what in found if not any(hint in what for hint in HINTS)] or found
         if causes:
             return causes[-1].partition(" [type=")[0].strip()
         return next((line for line in reversed(lines) if line.strip()), _status(self._process.returncode))

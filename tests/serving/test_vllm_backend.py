@@ -41,6 +41,10 @@ if mode == "fail":
     print("(EngineCore pid=7) ERROR 01-01 [core.py:1] ValueError: 9 heads cannot be divided by 2", file=sys.stderr)
     print("RuntimeError: Engine core initialization failed. See root cause above.", file=sys.stderr)
     sys.exit(1)
+if mode == "dead":
+    print("EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the root cause.", flush=True)
+    print("warnings.warn(leaked objects)", flush=True)
+    sys.exit(0)
 if mode == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(99)"])
@@ -171,6 +175,12 @@ def test_a_start_that_fails_is_told_in_one_line_with_its_cause(vllm: StandIn, pl
 def test_a_crash_later_is_told(vllm: StandIn, plain: Path) -> None:
     vllm.mode("crash")
     with pytest.raises(BackendError, match=r"ended by itself with exit code 3: 'lost'$"):
+        vllm.serve(plain)
+
+
+def test_an_error_that_only_points_to_another_is_better_than_none(vllm: StandIn, plain: Path) -> None:
+    vllm.mode("dead")
+    with pytest.raises(BackendError, match="did not start: EngineCore encountered an issue"):
         vllm.serve(plain)
 
 
