@@ -107,7 +107,7 @@ def child_environment() -> dict[str, str]:
     """A process of ours finds the same packages as this process, and asks for no key that our client does not have."""
     root = str(Path(__file__).resolve().parent.parent)
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "FOLDAWAY_API_KEY": ""}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "FOLDAWAY_API_KEY": "", "VLLM_API_KEY": ""}
 
 
 def _free_port() -> int:

@@ -328,7 +328,7 @@ def export_command(arguments: argparse.Namespace) -> int:
 
 def _note(terminal: Terminal, notes: Sequence[str]) -> None:
     for note in notes:
-        terminal.say(f"{note[0].upper()}{note[1:]}")
+        terminal.say(note)
 
 
 def _predict_export(path: str, to: str, options: Any) -> int:

@@ -120,7 +120,7 @@ class Exported:
         bytes: graph and weights; tokenizer and texts are not counted.
         parameters: distinct parameters of the model, which are those of its source unless it was expanded.
         files: name -> bytes of every file but export.json.
-        notes: what it takes to load it, and what was given up for the format, in sentences without a full stop.
+        notes: what it takes to load it, and what was given up for the format; sentences without a full stop.
     """
 
     path: Path
@@ -255,10 +255,10 @@ def exported(path: Path, record: ExportRecord, notes: tuple[str, ...] = ()) -> E
     )
 
 
-def installed_versions() -> dict[str, str]:
-    """Versions of the packages that shape an export, of those that are installed."""
+def installed_versions(packages: Collection[str] = PACKAGES) -> dict[str, str]:
+    """Versions of packages, by default those that shape an export, of those that are installed."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -202,7 +202,7 @@ def card(loaded: Loaded, dtype: str, parity: Parity, notes: Sequence[str], opens
         f"Reloaded and compared with its source on {parity.tokens} tokens, both computed in fp32: worst logit "
         f"difference {parity.max_abs_difference:.3g}, same preferred token at {parity.argmax_agreement:.1%} of them. "
         f"Decoding token by token with a cache, against {against}: {parity.decode_max_abs_difference:.3g}.",
-        *(text for note in notes for text in ("", f"{note[0].upper()}{note[1:].removesuffix('.')}.")),
+        *(text for note in notes for text in ("", f"{note}.")),
         "",
         f"```{language}",
         line,
@@ -218,5 +218,5 @@ def _cost_of_expanding(source: Layout, written: Layout) -> list[str]:
     blocks = len(source.blocks)
     return [
         f"In its source {source.distinct} sets of weights serve {blocks} blocks. Here every block has a copy of its "
-        f"own, for runtimes that cannot share: {blocks} blocks are stored in place of {source.distinct}.",
+        f"own, for runtimes that cannot share: {blocks} blocks are stored in place of {source.distinct}",
     ]

@@ -133,7 +133,7 @@ def plan(model: PreTrainedModel, options: ExportOptions) -> Plan:
         notes.append(f"{len(layout.blocks)} blocks are stored in place of {layout.distinct}: sharing is given up")
     if options.divisor is not None:
         model = padded(model, rounded_up(layout_of(model), options.divisor))
-        notes.append(f"every FFN is as wide as the next multiple of {options.divisor}")
+        notes.append(f"Every FFN is as wide as the next multiple of {options.divisor}")
     route = _route(model, model_type)
     if route == "plugin" and not options.plugin:
         model, note = _without_plugin(model, model_type)
@@ -146,7 +146,7 @@ def plan(model: PreTrainedModel, options: ExportOptions) -> Plan:
         )
     after = budget.count(model).total
     if after > before:
-        notes.append(f"it has {after / 1e6:,.1f} M parameters, its source {before / 1e6:,.1f} M")
+        notes.append(f"It has {after / 1e6:,.1f} M parameters, its source {before / 1e6:,.1f} M")
     return Plan(model, route, (NEEDS[route], *notes))
 
 
@@ -185,7 +185,7 @@ def _without_plugin(model: PreTrainedModel, model_type: str) -> tuple[PreTrained
     layout, heads = layout_of(model), Decoder(model).kv_heads
     if model_type in LLAMA_BLOCKS:
         first = dataclasses.replace(layout.blocks[0], attention=True, num_key_value_heads=heads)
-        note = "block 0 has an attention that adds nothing, for vLLM cannot begin without one"
+        note = "Here block 0 has an attention that adds nothing, for vLLM cannot begin without one"
         return padded(model, Layout((first, *layout.blocks[1:]))), note
     note = "FFNs are padded to the widest, and attentions that were removed are there and add nothing"
     return padded(model, plain_layout(layout, heads)), note

@@ -230,7 +230,7 @@ def _exported(path: str, scratch: Path, options: ExportOptions, say: Callable[[s
     tokens = windows("builtin", loaded.tokenizer, length=min(64, context), count=1, context_length=context).tokens
     made = export(loaded, scratch / "model", to=NAME, options=options, check_tokens=tokens)
     for note in made.notes[1:]:  # the first is about opening the folder by hand
-        say(f"{note[0].upper()}{note[1:]}")
+        say(note)
     return str(made.path)
 
 

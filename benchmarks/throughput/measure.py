@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import importlib.metadata
 import os
 import subprocess
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from benchmarks.throughput.servers import servers
 from benchmarks.throughput.sides import Side, served
 from compress.errors import BackendError
 from compress.result import Progress, no_progress
+from exporters.base import installed_versions
 
 PACKAGES = (*ENGINES, "torch", "transformers")
 
@@ -92,7 +92,7 @@ def measure(
         settings=dataclasses.replace(settings, flags=tuple(map(portable, settings.flags))),
         models=models,
         measurements=tuple(measurements),
-        versions=_versions(),
+        versions=installed_versions(PACKAGES),
         gpus=_gpus(),
         commands=(command,) if command else (),
         machine=machine(),
@@ -146,17 +146,6 @@ def portable(word: str) -> str:
         return word
     relative = os.path.relpath(path)
     return f"{name}{equals}{Path(path).name if relative.startswith('..') else relative}"
-
-
-def _versions() -> dict[str, str]:
-    """Of what is installed of PACKAGES."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _gpus() -> tuple[str, ...]:

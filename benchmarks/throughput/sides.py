@@ -20,7 +20,6 @@ from exporters.base import is_export, read_export
 NAME = re.compile(r"[\w.-]+")
 DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 """As safetensors calls them, and as we do."""
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,10 @@ def served(side: Side) -> Served:
     export = read_export(side.path) if is_export(side.path) else None
     if export is not None:
         artifact_id = export.artifact_id
-    files = weight_files(side.path)
-    if files:
-        counts = elements_by_dtype(Checkpoint(side.path))
-        parameters, size_bytes = sum(counts.values()), sum(file.stat().st_size for file in files)
+    checkpoint = Checkpoint(side.path)
+    if checkpoint.files:
+        counts = elements_by_dtype(checkpoint)
+        parameters, size_bytes = sum(counts.values()), sum(file.stat().st_size for file in checkpoint.files)
         dtype = ", ".join(DTYPES.get(name, name.lower()) for name, _ in counts.most_common())
         executed, stored = blocks_of(side.path)
     elif export is not None:  # a graph, in which weights have no names that say what they are
@@ -80,14 +79,6 @@ def served(side: Side) -> Served:
     else:
         raise ConfigError(f"{side.name}: {side.path.name} holds no .safetensors file, and is no export")
     return Served(side.name, parameters, size_bytes, dtype, executed, stored, artifact_id)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a folder; those that an index names, where there is one."""
-    index = folder / INDEX
-    if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
-    return [folder / name for name in sorted(set(_json(index)["weight_map"].values()))]
 
 
 def elements_by_dtype(checkpoint: Checkpoint) -> Counter[str]:

@@ -77,6 +77,11 @@ class Checkpoint:
                 found[name] = file
         return found
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors of it."""
+        return [self.folder / file for file in sorted(set(self._files.values()))]
+
     def _listed(self) -> list[str]:
         """The files that an index names: others in the folder may hold the same weights in another shape."""
         index = self.folder / "model.safetensors.index.json"
